@@ -1,0 +1,98 @@
+"""From words on the command line to a RunConfig; every mistake becomes one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from tldist import config
+from tldist.config import RunConfig, UserError, nearest
+from tldist.recipes import RECIPES, recipe
+
+
+def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
+    """`RECIPE [--config FILE] [--section.field VALUE ...]`; a config file stands above the recipe, flags above both."""
+    words = list(arguments)
+    name = words.pop(0) if words and not words[0].startswith("-") else None
+    file = _take_config(words)
+    if name is None and file is None and not {"-h", "--help"} & set(words):
+        raise UserError(f"name a recipe: tldist {command} RECIPE, one of {', '.join(RECIPES)}")
+    base = recipe(name) if name else RunConfig()
+    if file is not None:
+        # Repeating a run must not write over it.
+        base = dataclasses.replace(config.load(file, base), run_dir="")
+    _check_flags(words, command)
+    parsed = tyro.cli(
+        RunConfig,
+        default=base,
+        args=words,
+        prog=f"tldist {command} {name or 'RECIPE'}",
+        description=f"Recipes: {', '.join(RECIPES)}. `--config FILE` repeats a run from its config.yaml.",
+    )
+    parsed.validate()
+    return parsed
+
+
+def _take_config(words: list[str]) -> Path | None:
+    for i, word in enumerate(words):
+        if word.startswith("--config="):
+            return Path(words.pop(i).split("=", 1)[1])
+        if word == "--config":
+            if i + 1 == len(words):
+                raise UserError("--config needs a file: give a run's config.yaml")
+            words.pop(i)
+            return Path(words.pop(i))
+    return None
+
+
+def flag_types() -> dict[str, Any]:
+    """`--data.batch-size` -> int, for every field of RunConfig that can be set."""
+    types = {"--" + name.replace("_", "-"): _type_of(name) for name in config.flags()}
+    types.pop("--recipe")
+    return types
+
+
+def _type_of(dotted: str) -> Any:
+    owner: Any = RunConfig
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        owner = typing.get_type_hints(owner)[section]
+    return typing.get_type_hints(owner)[leaf]
+
+
+def _check_flags(words: Sequence[str], command: str) -> None:
+    """Say unknown flags and bad values in one sentence, before tyro says them in ten."""
+    types = flag_types()
+    for i, word in enumerate(words):
+        if not word.startswith("--") or word == "--help":
+            continue
+        flag, _, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag not in types:
+            raise UserError(f"there is no flag {flag}{nearest(flag, types)}: `tldist {command} RECIPE --help` lists all")
+        if not value:
+            following = words[i + 1 : i + 2]
+            value = following[0] if following and not following[0].startswith("--") else ""
+        _check_value(flag, value, types[flag])
+
+
+def _check_value(flag: str, value: str, kind: Any) -> None:
+    if typing.get_origin(kind) is tuple:
+        return
+    if not value and kind is not str:
+        raise UserError(f"{flag} needs a value")
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"{flag} '{value}' is not known{nearest(value, choices)}: choose from {', '.join(choices)}")
+    elif kind in (int, float):
+        try:
+            kind(value)
+        except ValueError:
+            number = "a whole number" if kind is int else "a number"
+            raise UserError(f"{flag} '{value}' is not {number}") from None

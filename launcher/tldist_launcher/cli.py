@@ -1,0 +1,119 @@
+"""`tldist`: the command line. One function per command; mistakes are one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tldist.config import UserError, nearest
+
+Command = Callable[[Sequence[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 a mistake in what was asked."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_help())
+        return 0
+    try:
+        name, rest = words[0], words[1:]
+        if name not in COMMANDS:
+            raise UserError(f"there is no command '{name}'{nearest(name, COMMANDS)}: choose from {', '.join(COMMANDS)}")
+        return COMMANDS[name][0](rest)
+    except UserError as error:
+        print(f"tldist: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tldist: interrupted", file=sys.stderr)
+        return 130
+
+
+def _help() -> str:
+    lines = "\n".join(f"  tldist {usage:<52} {text}" for _, usage, text in COMMANDS.values())
+    return f"Transfer learning on images, at full speed and right.\n\n{lines}\n\nAdd --help to train or plan for all flags."
+
+
+def _train(words: Sequence[str]) -> int:
+    from tldist_launcher.arguments import parse_run
+    from tldist_launcher.launch import launch
+
+    settings = parse_run(words, "train")
+    try:
+        run_dir = launch(settings)
+    except UserError:
+        raise
+    except Exception as error:
+        return _failed(error)
+    print(f"run: {run_dir}")
+    return 0
+
+
+def _failed(error: Exception) -> int:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    print(f"tldist: training failed: {type(error).__name__}: {lines[-1] if lines else ''}", file=sys.stderr)
+    print("tldist: the traceback is in the run directory's logs; the last checkpoint is intact", file=sys.stderr)
+    return 1
+
+
+def _plan(words: Sequence[str]) -> int:
+    from tldist_launcher.arguments import parse_run
+    from tldist_launcher.plan_table import print_plan
+
+    print_plan(parse_run(words, "plan"))
+    return 0
+
+
+def _demo(words: Sequence[str]) -> int:
+    from tldist_launcher.demo import demo
+
+    flags = _flags(words, {"--run-dir": "runs/demo"}, "demo")
+    demo(Path(flags["--run-dir"]))
+    return 0
+
+
+def _data(words: Sequence[str]) -> int:
+    from tldist_launcher import data
+
+    commands = {"fetch": data.fetch_command, "check": data.check_command}
+    if not words or words[0] not in commands:
+        given = words[0] if words else ""
+        raise UserError(f"tldist data needs a command{nearest(given, commands)}: {' or '.join(commands)}")
+    return commands[words[0]](words[1:])
+
+
+def _doctor(words: Sequence[str]) -> int:
+    from tldist_launcher.doctor import doctor_rows, print_doctor
+
+    _flags(words, {}, "doctor")
+    rows = doctor_rows()
+    print_doctor(rows)
+    return 1 if any(row.fatal for row in rows) else 0
+
+
+def _flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[str, str]:
+    """`--flag VALUE` pairs of the small commands, over their defaults."""
+    values, rest = dict(known), list(words)
+    while rest:
+        flag, _, value = rest.pop(0).partition("=")
+        if flag not in known:
+            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"tldist {command} has no flag {flag}{nearest(flag, known)}: {allowed}")
+        if not value and not rest:
+            raise UserError(f"{flag} needs a value")
+        values[flag] = value or rest.pop(0)
+    return values
+
+
+COMMANDS: dict[str, tuple[Command, str, str]] = {
+    "train": (_train, "train RECIPE [--section.flag VALUE ...]", "fine-tune; --config FILE repeats a run"),
+    "plan": (_plan, "plan RECIPE [--section.flag VALUE ...]", "phases, learning rates, parameters; no GPU, no data"),
+    "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
+    "data": (_data, "data fetch NAME --root DIR [--from DIR] | check ROOT", "write a data set, or look through one"),
+    "doctor": (_doctor, "doctor", "what this machine has, and what is missing"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""`tldist plan`: phases x stages x learning rates x parameter counts."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from tldist import backbones
+from tldist.config import RunConfig
+from tldist.plan import build_plan
+from tldist.worker import describe_plan, stage_parameters
+
+CLASSES_SHOWN = 1000
+"""The plan needs no data, so the head is sized for ImageNet's classes."""
+
+
+def print_plan(settings: RunConfig) -> None:
+    """One column per phase, one row per stage: its peak learning rate, or frozen."""
+    import torch
+
+    with torch.device("meta"):
+        model = backbones.build(
+            settings.model, CLASSES_SHOWN, settings.data.image_size, settings.seed, pretrained=False
+        )
+    counts = stage_parameters(model)
+    plan = build_plan(settings.strategy, tuple(model.stages), settings.train.epochs)
+    rows = describe_plan(plan, settings.optim.base_lr, counts)
+    table = Table(title=f"{settings.recipe}: {settings.strategy.name} of {settings.model.name}, {plan.epochs} epochs")
+    table.add_column("stage")
+    table.add_column("parameters", justify="right")
+    for row in rows:
+        table.add_column(f"{row['name']}\n{row['epochs']} epochs", justify="right")
+    for stage in plan.stages:
+        rates = [f"{row['stages'][stage]:.2g}" if row["stages"][stage] else "frozen" for row in rows]
+        table.add_row(stage, f"{counts[stage]:,}", *rates)
+    table.add_section()
+    table.add_row("trainable", f"{sum(counts.values()):,}", *(f"{row['trainable_params']:,}" for row in rows))
+    console = Console()
+    console.print(table)
+    _notes(settings, console)
+
+
+def _notes(settings: RunConfig, console: Console) -> None:
+    optim = settings.optim
+    console.print(
+        f"Peak learning rates of {optim.name}; {optim.schedule} schedule, warm-up of {optim.warmup_epochs:g} epochs at "
+        f"each phase's start. The head is counted for {CLASSES_SHOWN} classes. Frozen stages before the first trainable "
+        "one run folded, in eval mode, without autograd, outside the engine.",
+        soft_wrap=True,
+    )

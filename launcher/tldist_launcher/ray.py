@@ -1,0 +1,141 @@
+"""Workers on Ray: Ray Train places them, gives them a process group, and calls `worker.run` with one JSON string."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from tldist import config
+from tldist.config import RunConfig, UserError
+
+# Read by Ray at import or start-up, inherited by its workers; a user's own setting wins.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths break in the workers
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO], None]) -> None:
+    """Run `settings` on this machine, or on the cluster at RAY_ADDRESS, and wait for its end.
+
+    `watch(start, stream)` calls `start()` and shows progress on `stream`; everything Ray itself prints goes to
+    logs/ray.log. Raises what ended the first worker that failed.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with chatter_to(Path(settings.run_dir) / "logs" / "ray.log") as terminal:
+        import ray
+
+        _connect(settings)
+        try:
+            _check_cluster(settings)
+            trainer = _trainer(settings)
+            watch(lambda: _fit(trainer), terminal)
+        finally:
+            ray.shutdown()
+
+
+def _connect(settings: RunConfig) -> None:
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        # One core more than workers: Ray Train's controller must find a place too.
+        ray.init(num_cpus=settings.launch.workers + 1, include_dashboard=False, **quiet)
+
+
+def _check_cluster(settings: RunConfig) -> None:
+    import ray
+
+    resources = ray.cluster_resources()
+    what = "GPU" if _use_gpu() else "CPU"
+    if settings.launch.workers > resources.get(what, 0):
+        raise UserError(
+            f"--launch.workers {settings.launch.workers}, but the Ray cluster has {resources.get(what, 0):g} {what}s: "
+            "use fewer workers or add nodes"
+        )
+
+
+def _use_gpu() -> bool:
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0 and (torch.cuda.is_available() or bool(os.environ.get("RAY_ADDRESS")))
+
+
+def _trainer(settings: RunConfig) -> Any:
+    from ray.train import LoggingConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchTrainer
+
+    return TorchTrainer(
+        _run_worker,
+        train_loop_config={"config_json": config.to_json(settings)},
+        scaling_config=ScalingConfig(num_workers=settings.launch.workers, use_gpu=_use_gpu()),
+        run_config=RayRunConfig(
+            name="ray",
+            storage_path=str(Path(settings.run_dir) / "logs"),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+
+
+def _run_worker(loop_config: dict[str, str]) -> None:
+    from tldist import worker
+
+    worker.run(loop_config["config_json"])
+
+
+def _fit(trainer: Any) -> None:
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit()
+    except WorkerGroupError as error:
+        raise _cause(error) from error
+
+
+def _cause(error: Any) -> Exception:
+    """The exception of the first worker that failed by itself, without Ray's wrapping."""
+    failures = [failure for _, failure in sorted(error.worker_failures.items())]
+    for failure in failures:
+        cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
+        if isinstance(cause, UserError):
+            return cause
+    return failures[0] if failures else error
+
+
+@contextlib.contextmanager
+def chatter_to(path: Path) -> Iterator[TextIO]:
+    """Send everything written to this process's stdout and stderr, by C++ threads too, to a file.
+
+    Yields a stream on the real stdout for what the user should see.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with path.open("ab") as log, os.fdopen(os.dup(1), "w", buffering=1) as terminal:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, real in zip((1, 2), saved, strict=True):
+                os.dup2(real, number)
+                os.close(real)

@@ -1,0 +1,274 @@
+"""The report: self-contained, escaped, and useful whatever a run left behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic_run
+from PIL import Image
+from synthetic_run import Shape
+
+from tldist import plots
+from tldist.report import write_comparison, write_report
+from tldist.tracking import wording
+from tldist.tracking.runlog import RunLog, read
+
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What the tests ask of a page: its pictures, references, text and whether its tags balance."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.images: list[dict[str, str | None]] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "action")]
+        if tag == "img":
+            self.images.append(dict(attrs))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] != "style":
+            self.text += " ".join(data.split()) + "\n"
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Decode every picture."""
+        found = []
+        for image in self.images:
+            head, _, body = (image["src"] or "").partition(",")
+            assert head in ("data:image/png;base64", "data:image/jpeg;base64")
+            with Image.open(io.BytesIO(base64.b64decode(body, validate=True))) as decoded:
+                decoded.load()
+                found.append(decoded.size)
+        return found
+
+
+def assert_self_contained(page: Page) -> None:
+    assert page.references == [image["src"] for image in page.images]
+    assert all(image["alt"] for image in page.images)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    page.sizes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    folder = tmp_path_factory.mktemp("whole")
+    run_dir = synthetic_run.write(folder / "run", data_root=folder / "data")
+    return run_dir, Page(write_report(run_dir, folder / "data"))
+
+
+def test_a_whole_run_makes_a_self_contained_page(whole: tuple[Path, Page]) -> None:
+    run_dir, page = whole
+    assert_self_contained(page)
+    saved = sorted(path.name for path in (run_dir / "plots").iterdir())
+    assert saved == ["confusion.png", "learning_rate.png", "loss.png", "throughput.png", "top1.png"]
+    # Five figures, then twelve thumbnails at twice 112 px.
+    assert page.sizes()[5:] == [(224, 224)] * 12
+
+
+def test_saved_plots_are_the_ones_on_the_page(whole: tuple[Path, Page]) -> None:
+    run_dir, page = whole
+    inline = {image["alt"]: (image["src"] or "").partition(",")[2] for image in page.images}
+    assert base64.b64decode(inline["learning rate"]) == (run_dir / "plots" / "learning_rate.png").read_bytes()
+
+
+def test_key_figures_plan_and_environment_are_told(whole: tuple[Path, Page]) -> None:
+    text = whole[1].text
+    for expected in ("insects, gradual, resnet18", "10.5 M", "11.2 M", "identical", "0:48", "2.1 %", "240"):
+        assert expected in text
+    for expected in ("2. +layer4", "frozen", "0.0003", "9e-05", "torch.version", "2.11.0", "1 image skipped"):
+        assert expected in text
+    assert "not finished" not in text
+
+
+def test_mistakes_are_marked_and_come_with_what_was_said(whole: tuple[Path, Page]) -> None:
+    page = whole[1]
+    assert page.source.count('<figure class="wrong">') == 6
+    assert "said bees 99 %, is ants" in page.text
+    assert "said ants 81 %, right" in page.text
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    shape = Shape(classes=("<b>x", "$a$ & 'b'", "_hidden"), strategy="<script>alert(1)</script>")
+    run_dir = synthetic_run.write(tmp_path / "run", shape, tmp_path / "data")
+    page = Page(write_report(run_dir, tmp_path / "data"))
+    assert_self_contained(page)
+    assert "b" in page.tags  # the mark before a mistake
+    assert page.tags.count("b") == 6
+    assert "said $a$ & 'b' 99 %, is <b>x" in page.text
+    assert "<script>alert(1)</script>" in page.text
+
+
+def test_a_crashed_run_tells_how_far_it_came(tmp_path: Path) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line).get("step", 0) <= 28 and '"end"' not in line]
+    (run_dir / "metrics.jsonl").write_text("\n".join(kept) + '\n{"event": "train", "st')
+    (run_dir / "summary.json").unlink()
+    page = Page(write_report(run_dir))
+    assert_self_contained(page)
+    assert "has not finished: its last record is of step 28 of 70" in page.text
+    assert "8.39 M" in page.text  # of the phase it was in
+    assert len(page.images) == 4
+
+
+def without_evals(run_dir: Path) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    (run_dir / "metrics.jsonl").write_text("\n".join(line for line in lines if '"eval"' not in line))
+
+
+def with_nonsense(run_dir: Path) -> None:
+    junk = [
+        '{"event":"train","step":null,"loss":"x","lr":3}',
+        '{"event":"train","step":71,"loss":NaN,"lr":{"head":Infinity},"images_per_s":NaN}',
+        '{"event":"eval","step":[],"val_top1":{}}',
+        '{"event":"phase","phase":"a"}',
+        '{"event":"run","plan":{"no":1},"classes":7,"steps_per_epoch":0}',
+        "[1,2]",
+        "\x00\x01",
+        '{"event":["run"]}',
+    ]
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(junk))
+    (run_dir / "predictions.json").write_text('{"classes":[1],"confusion_CC":[[1,2],[3]],"samples":[4,{}]}')
+    (run_dir / "environment.json").write_text("not json")
+    (run_dir / "config.yaml").write_text("a: [1")
+
+
+def empty(run_dir: Path) -> None:
+    for path in run_dir.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize("damage", [without_evals, with_nonsense, empty])
+def test_missing_and_broken_pieces_still_make_a_page(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run", data_root=tmp_path / "data")
+    damage(run_dir)
+    page = Page(write_report(run_dir, tmp_path / "data"))
+    assert_self_contained(page)
+    comparison = Page(write_comparison({"one": run_dir}, tmp_path / "out", "Title", "Intro"))
+    assert_self_contained(comparison)
+
+
+def test_unreadable_pictures_leave_their_caption(tmp_path: Path) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run", data_root=tmp_path / "data")
+    (tmp_path / "data" / "val" / "0" / "0.jpg").write_bytes(b"no picture")
+    (tmp_path / "data" / "val" / "1" / "1.jpg").unlink()
+    page = Page(write_report(run_dir))  # the data root comes from config.yaml
+    assert page.text.count("picture not readable") == 2
+    assert page.text.count("said ") == 12
+    assert len(page.images) == 5 + 10
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    repeated = json.loads(lines[3]) | {"loss": 9.0}
+    again = [lines[0], json.dumps(json.loads(lines[1]) | {"step": 2}), json.dumps(repeated)]
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines + again) + "\n")
+    log = read(run_dir)
+    steps = [row["step"] for row in log.train]
+    assert steps == sorted(set(steps))
+    assert next(row["loss"] for row in log.train if row["step"] == repeated["step"]) == 9.0
+    assert log.phases[0]["step"] == 0
+    assert not log.finished  # the `end` is of the attempt before
+
+
+def test_figures_mark_phases_and_group_equal_rates(tmp_path: Path) -> None:
+    log = read(synthetic_run.write(tmp_path / "run"))
+    loss, rates = plots.loss(log), plots.learning_rates(log)
+    assert loss is not None
+    assert rates is not None
+    assert [text.get_text() for text in loss.axes[0].texts] == ["head", "+layer4", "+layer3"]
+    boundaries = [np.asarray(line.get_xdata())[0] for line in loss.axes[0].lines[2:]]
+    assert boundaries == [3.0, 6.0]
+    assert rates.axes[0].get_yscale() == "log"
+    assert [text.get_text() for text in rates.legends[0].get_texts()] == ["layer3", "layer4", "head"]
+    same = RunLog(
+        run=log.run, train=[row | {"lr": {"stem": 1e-3, "layer1": 1e-3, "head": 1e-2}} for row in log.train]
+    )
+    grouped = plots.learning_rates(same)
+    assert grouped is not None
+    assert [text.get_text() for text in grouped.legends[0].get_texts()] == ["stem to layer1", "head"]
+
+
+@pytest.mark.parametrize(("size", "labels"), [(2, 2), (30, 30), (31, 0)])
+def test_confusion_labels_up_to_thirty_classes(size: int, labels: int) -> None:
+    figure = plots.confusion([f"c{i}" for i in range(size)], [[1] * size] * size)
+    assert figure is not None
+    assert len(figure.axes[0].get_yticklabels()) == labels
+
+
+def test_a_comparison_tables_every_run_and_marks_the_best(tmp_path: Path) -> None:
+    shapes = {
+        "full": Shape(strategy="full", phase_starts=(0,), best=0.9, images_per_s=180),
+        "feature_extraction <b>": Shape(
+            strategy="feature_extraction", phase_starts=(0,), best=0.8, images_per_s=420
+        ),
+        "gradual": Shape(best=0.95, images_per_s=300),
+    }
+    runs = {
+        name: synthetic_run.write(tmp_path / str(i), shape) for i, (name, shape) in enumerate(shapes.items())
+    }
+    path = write_comparison(
+        runs | {"absent": tmp_path / "absent"}, tmp_path / "out", "Three <i>", "Said & done"
+    )
+    page = Page(path)
+    assert path == tmp_path / "out" / "report.html"
+    assert_self_contained(page)
+    assert "Three <i>" in page.text
+    assert "Said & done" in page.text
+    assert "absent (unfinished)" in page.text
+    assert [part.split("<")[0] for part in page.source.split('class="best">')[1:]] == [
+        "420",
+        "95.6 %",
+        "95.6 %",
+    ]
+    saved = {file.name for file in (tmp_path / "out" / "plots").iterdir()}
+    assert {"top1.png", "images_per_s.png", "val_top1.png", "full-loss.png", "gradual-top1.png"} <= saved
+    assert len(page.images) == 3 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (wording.count(1026), "1026"),
+        (wording.count(999_999), "1.00 M"),
+        (wording.count(8_393_728), "8.39 M"),
+        (wording.count(11_177_538), "11.2 M"),
+        (wording.count(None), "-"),
+        (wording.duration(59.6), "1:00"),
+        (wording.duration(3723), "1:02:03"),
+        (wording.duration(float("nan")), "-:--"),
+        (wording.percent(0.02), "2 %"),
+        (wording.spread(0.0, 2), "0 (identical)"),
+        (wording.spread(0.17, 2), "1.7e-01 (workers differ)"),
+        (wording.rate(240.1), "240"),
+        (wording.rate(3.14159), "3.14"),
+    ],
+)
+def test_wording(written: str, expected: str) -> None:
+    assert written == expected

@@ -1,0 +1,313 @@
+"""RunConfig: everything a run depends on, in frozen sections; each part of tldist receives its own section.
+
+Mistakes of the user are raised as `UserError` with the mend in words; the command line prints that one
+sentence and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import pydantic
+import tyro
+import yaml
+
+ModelName = Literal[
+    "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "efficientnet_b7", "convnext_base", "vit_b_16"
+]
+StrategyName = Literal["scratch", "feature_extraction", "partial", "full", "discriminative", "two_phase", "gradual"]
+Precision = Literal["bf16", "fp16", "fp32"]
+AugmentName = Literal["none", "basic", "lecture"]
+
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: one sentence that says what is wrong and what to do."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the known word closest to `word`, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Base of the sections: unknown keys in a saved config are errors, not silence."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class ModelConfig(Section):
+    """The backbone and its new head."""
+
+    name: ModelName = "resnet18"
+    """A torchvision backbone."""
+    weights: str = "default"
+    """A torchvision weights name (default: its best), a .safetensors or .pth file, or none."""
+    head: Literal["linear", "mlp", "mlp_bn"] = "linear"
+    """linear, or a lecture head: mlp (3.1: 256 units, dropout) or mlp_bn (8.1: 512 units, BatchNorm, dropout)."""
+
+
+@dataclass(frozen=True)
+class StrategyConfig(Section):
+    """Which stages train, when, and at what share of the base learning rate."""
+
+    name: StrategyName = "feature_extraction"
+    """The fine-tuning strategy."""
+    trainable_stages: int = 2
+    """partial, and the first phase of two_phase: stages that train, counted from the output, head included."""
+    epochs_per_stage: int = 1
+    """gradual: epochs before the next stage is unfrozen, top down."""
+    backbone_lr: float = 1.0
+    """Learning rate of pre-trained stages as a multiple of the head's (ignored by scratch)."""
+    decay: float = 0.3
+    """discriminative: each stage's rate is this times that of the stage above (lecture 5.1: 0.1 to 0.5)."""
+    first_phase: float = 0.67
+    """two_phase: share of the epochs spent in the first phase (the lecture's 20 of 30)."""
+    second_phase_lr: float = 0.1
+    """two_phase: multiple on all learning rates once everything is unfrozen."""
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """The image folder, how it is read, and what is done to its images."""
+
+    root: str = ""
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg."""
+    batch_size: int = 32
+    """Images per optimizer step, over all workers together."""
+    image_size: int = 224
+    """Side of the square the network sees."""
+    augment: AugmentName = "basic"
+    """none; basic: random-resized-crop and flip; lecture: the list of lecture 7.2."""
+    mixup: float = 0.0
+    """Alpha of Mixup's Beta(alpha, alpha); 0 is off. With CutMix on too, each batch draws one of the two."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """auto: DALI where it is installed, else torchvision."""
+    threads: int = 0
+    """Loader threads per worker; 0: the machine's cores shared among its workers."""
+    classes: tuple[str, ...] = ()
+    """Use only these class folders (default: all)."""
+    train_images_per_class: int = 0
+    """Train on this many images of each class, drawn by the seed; 0: all."""
+
+
+@dataclass(frozen=True)
+class OptimConfig(Section):
+    """The optimizer and its schedule; learning rates are for the head, stages take multiples of it."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer."""
+    base_lr: float = 1e-3
+    """Peak learning rate of the head."""
+    weight_decay: float = 0.01
+    """Decoupled for AdamW, L2 for SGD; never on biases and normalisation parameters."""
+    momentum: float = 0.9
+    """SGD's momentum (Nesterov off)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over each schedule's span, after the warm-up."""
+    warmup_epochs: float = 0.5
+    """Linear warm-up at the start of each phase, in epochs (at most half of the phase)."""
+    final_lr: float = 0.0
+    """Where the cosine ends, as a share of the peak."""
+    clip_norm: float = 1.0
+    """Clip the global gradient norm at this; 0 is off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: int = 10
+    """Epochs over all phases."""
+    precision: Precision = "bf16"
+    """bf16 and fp16 run under autocast with fp32 master weights; fp16 scales the loss and needs a GPU."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes."""
+    batchnorm: Literal["train", "eval"] = "train"
+    """BatchNorm in stages that train: batch statistics, or the source's. Frozen stages are always eval."""
+
+
+@dataclass(frozen=True)
+class EngineConfig(Section):
+    """How the live suffix is replicated and stepped."""
+
+    kind: Literal["auto", "single", "ddp"] = "auto"
+    """auto: ddp with more than one worker, else single."""
+
+
+@dataclass(frozen=True)
+class LaunchConfig(Section):
+    """Where the workers run."""
+
+    workers: int = 1
+    """Worker processes: one per GPU, or sharing the cores where there is none."""
+    kind: Literal["auto", "ray", "local"] = "auto"
+    """ray: Ray Train, on this machine or on the cluster at RAY_ADDRESS; local: one worker, in this process.
+    auto: ray with more than one worker or with RAY_ADDRESS set, else local."""
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Section):
+    """Who watches."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where there is a login, else offline (upload later with `wandb sync`)."""
+    project: str = "tldist"
+    """Project in Weights & Biases."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl; each costs one all-reduce and one copy to the host."""
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """A complete run. Recipes return one; the command line overrides single fields."""
+
+    recipe: Annotated[str, tyro.conf.Suppress] = "custom"
+    """Name of the recipe this came from."""
+    run_dir: str = ""
+    """Where everything the run writes goes (default: runs/RECIPE-STRATEGY-TIME)."""
+    seed: int = 0
+    """Seeds the head, the order of images, augmentation and mixing."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def validate(self) -> None:
+        """Raise UserError for values no run can use; needs neither data nor devices."""
+        for bad, sentence in _rules(self):
+            if bad:
+                raise UserError(sentence)
+
+
+def _rules(c: RunConfig) -> list[tuple[bool, str]]:
+    """(is it wrong?, the sentence to say) for every rule that spans no machine."""
+    positive = {
+        "--data.batch-size": c.data.batch_size,
+        "--data.image-size": c.data.image_size,
+        "--train.epochs": c.train.epochs,
+        "--launch.workers": c.launch.workers,
+        "--tracking.log-every": c.tracking.log_every,
+        "--strategy.trainable-stages": c.strategy.trainable_stages,
+        "--strategy.epochs-per-stage": c.strategy.epochs_per_stage,
+        "--optim.base-lr": c.optim.base_lr,
+    }
+    not_negative = {
+        "--data.mixup": c.data.mixup,
+        "--data.cutmix": c.data.cutmix,
+        "--data.threads": c.data.threads,
+        "--data.train-images-per-class": c.data.train_images_per_class,
+        "--optim.weight-decay": c.optim.weight_decay,
+        "--optim.warmup-epochs": c.optim.warmup_epochs,
+        "--optim.clip-norm": c.optim.clip_norm,
+        "--strategy.backbone-lr": c.strategy.backbone_lr,
+        "--seed": c.seed,
+    }
+    rules = [(not v > 0, f"{flag} is {v}: give a value above 0") for flag, v in positive.items()]
+    rules += [(not v >= 0, f"{flag} is {v}: give 0 or more") for flag, v in not_negative.items()]
+    workers, batch = c.launch.workers, c.data.batch_size
+    return [
+        *rules,
+        (
+            batch % max(workers, 1) != 0,
+            f"--data.batch-size {batch} cannot be shared evenly by {workers} workers: use a multiple of {workers}",
+        ),
+        (
+            c.engine.kind == "single" and workers > 1,
+            f"--engine.kind single runs one worker, not {workers}: use ddp or --launch.workers 1",
+        ),
+        (
+            c.launch.kind == "local" and workers > 1,
+            f"--launch.kind local runs one worker, not {workers}: use ray or --launch.workers 1",
+        ),
+        (
+            not 0 <= c.train.label_smoothing < 1,
+            f"--train.label-smoothing is {c.train.label_smoothing}: give a share from 0 to below 1",
+        ),
+        (not 0 < c.strategy.decay <= 1, f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1"),
+        (
+            not 0 < c.strategy.first_phase < 1,
+            f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",
+        ),
+    ]
+
+
+_ADAPTER = pydantic.TypeAdapter(RunConfig)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain nested dicts and lists."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def to_json(config: RunConfig) -> str:
+    """The one string a worker receives."""
+    return _ADAPTER.dump_json(config).decode()
+
+
+def from_json(text: str) -> RunConfig:
+    """The config a launcher sent."""
+    return _ADAPTER.validate_json(text)
+
+
+def save(config: RunConfig, path: Path) -> None:
+    """Write `config.yaml`."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def load(path: Path, base: RunConfig | None = None) -> RunConfig:
+    """Read a `config.yaml` over `base` (default: the defaults); a bad key or value is named with its place."""
+    try:
+        values = yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise UserError(f"{path} is not a config file: write sections and values, as in a run's config.yaml")
+        return _ADAPTER.validate_python(_merge(to_dict(base or RunConfig()), values))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: {_first_problem(error)}") from error
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "the file"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown key '{place}'{nearest(place, flags())}"
+    return f"{place}: {first['msg']} (found {first['input']!r})"
+
+
+def flags(cls: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every settable field by its dotted name, as in config.yaml: `data.batch_size` -> its dataclass field."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for f in dataclasses.fields(cls):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            found |= flags(type(default), f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = f
+    return found

@@ -1,0 +1,68 @@
+"""Which images each step shows on each worker: pure functions of (seed, epoch, step), for any number of workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from tldist.data.augment import AugmentSpec, Views, draw_views
+from tldist.data.index import Split
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one worker loads for one step."""
+
+    ids_N: np.ndarray
+    """Positions in the split."""
+    labels_N: np.ndarray
+    paths: tuple[str, ...]
+    """Relative to the data root."""
+    views: Views
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This worker's place among all."""
+
+    rank: int
+    world_size: int
+
+
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Optimizer steps in a training epoch; the last incomplete batch is left for another epoch's order."""
+    return images // batch_size
+
+
+def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one training epoch."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
+
+
+def train_batches(
+    split: Split, spec: AugmentSpec, image_size: int, batch_size: int, seed: int, epoch: int, worker: Worker
+) -> Iterator[BatchPlan]:
+    """One epoch of this worker's batches. `batch_size` is over all workers, who share each step's images evenly.
+
+    Step s of any number of workers shows the same images, the union of the workers' batches.
+    """
+    order = epoch_order(len(split.paths), seed, epoch)
+    share = batch_size // worker.world_size
+    for step in range(steps_per_epoch(len(order), batch_size)):
+        start = step * batch_size + worker.rank * share
+        yield _plan(split, spec, image_size, seed, epoch, order[start : start + share])
+
+
+def eval_batches(split: Split, image_size: int, batch_size: int, worker: Worker) -> Iterator[BatchPlan]:
+    """This worker's part of a split, each image on exactly one worker, in batches of at most `batch_size`."""
+    mine = np.arange(worker.rank, len(split.paths), worker.world_size)
+    for i in range(math.ceil(len(mine) / batch_size)):
+        yield _plan(split, AugmentSpec(), image_size, 0, 0, mine[i * batch_size : (i + 1) * batch_size])
+
+
+def _plan(split: Split, spec: AugmentSpec, image_size: int, seed: int, epoch: int, ids_N: np.ndarray) -> BatchPlan:
+    views = draw_views(spec, split.sizes_N2[ids_N], image_size, seed, epoch, ids_N)
+    return BatchPlan(ids_N, split.labels_N[ids_N], tuple(split.paths[i] for i in ids_N), views)

@@ -1,0 +1,151 @@
+"""The DALI loader: one pipeline that decodes on the GPU where there is one and on the CPU otherwise.
+
+DALI reads, decodes and transforms; which files and which random numbers comes from the batch plans. Only the crop
+box of each JPEG is decoded. Outputs are uint8 NHWC and enter torch through DLPack without a copy.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from torch import Tensor
+
+from tldist.data.augment import AugmentSpec
+from tldist.data.batches import BatchPlan
+from tldist.data.loader import ERASED, IN_FLIGHT, Batch, DecodeError
+
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"nvidia\.dali.*")
+
+
+@pipeline_def
+def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, device: str) -> Any:
+    """uint8 HWC images of `size`, operation by operation as `Views` says; `source` gives what `_inputs` lists."""
+    names = _input_names(spec)
+    given = dict(zip(names, fn.external_source(source=source, num_outputs=len(names), batch=True), strict=True))
+    images = fn.decoders.image_slice(
+        fn.io.file.read(given["path"]),
+        start=_half(given["box"], 0),
+        shape=_half(given["box"], 2),
+        axes=[0, 1],
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+    )
+    images = fn.resize(images, size=given["resize"], interp_type=types.INTERP_LINEAR, antialias=True)
+    if spec.crop_area is None:
+        images = fn.slice(images, start=given["crop"], shape=[size, size], axes=[0, 1])
+    if spec.flip:
+        images = fn.flip(images, horizontal=given["flip"])
+    if spec.rotate_deg:
+        images = fn.rotate(images, angle=given["angle"], keep_size=True, fill_value=0)
+    if spec.colour:
+        images = fn.color_twist(images, **{name: given[name] for name in _COLOUR})
+    if spec.blur_sigma:
+        images = fn.gaussian_blur(images, window_size=3, sigma=given["blur_sigma"])
+    if spec.erase:
+        anchor, shape = _half(given["erase"], 0), _half(given["erase"], 2)
+        images = fn.erase(images, anchor=anchor, shape=shape, axes=[0, 1], fill_value=ERASED)
+    return images
+
+
+_COLOUR = ("brightness", "contrast", "saturation", "hue")
+
+
+def _half(box: Any, start: int) -> Any:
+    """(top, left) or (height, width) of a box."""
+    return fn.slice(box, start=[start], shape=[2], axes=[0])
+
+
+def _input_names(spec: AugmentSpec) -> list[str]:
+    """What the pipeline of `spec` consumes; DALI refuses inputs that no operation uses."""
+    wanted = {
+        "crop": spec.crop_area is None,
+        "flip": spec.flip > 0,
+        "angle": spec.rotate_deg > 0,
+        **dict.fromkeys(_COLOUR, spec.colour),
+        "blur_sigma": spec.blur_sigma is not None,
+        "erase": spec.erase > 0,
+    }
+    return ["path", "box", "resize", *(name for name, used in wanted.items() if used)]
+
+
+def _inputs(plan: BatchPlan, root: Path) -> dict[str, Any]:
+    """A plan as DALI wants it: paths as bytes, and the types its operations insist on."""
+    v = plan.views
+    return {
+        "path": [np.frombuffer(str(root / path).encode(), dtype=np.uint8) for path in plan.paths],
+        "box": v.box_N4,
+        "resize": v.resize_N2.astype(np.float32),
+        "crop": v.crop_N2,
+        "flip": v.flip_N,
+        "angle": v.angle_N,
+        **{name: getattr(v, f"{name}_N") for name in _COLOUR},
+        "blur_sigma": v.blur_sigma_N,
+        "erase": v.erase_N4.astype(np.float32),
+    }
+
+
+class DaliLoader:
+    """One DALI pipeline that takes plans a few batches ahead of the consumer."""
+
+    def __init__(
+        self, root: Path, spec: AugmentSpec, image_size: int, max_batch: int, threads: int, device: torch.device
+    ) -> None:
+        self.root, self.device = root, device
+        self._names = _input_names(spec)
+        on_gpu = device.type == "cuda"
+        self._build = partial(
+            _pipeline,
+            self._next_inputs,
+            spec,
+            image_size,
+            "gpu" if on_gpu else "cpu",
+            batch_size=max_batch,
+            num_threads=threads,
+            device_id=(device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=IN_FLIGHT,
+        )
+        self._pipeline: Any = None
+        self._plans: Iterator[BatchPlan] = iter(())
+        self._taken: deque[BatchPlan] = deque()
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """In order."""
+        self._plans, self._taken = iter(plans), deque()
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        # Until the last batch is out, the pipeline holds plans of this epoch that no other may see.
+        pipeline, self._pipeline = self._pipeline, None
+        while (images := self._run(pipeline)) is not None:
+            plan = self._taken.popleft()
+            yield Batch(images, torch.from_numpy(plan.labels_N).to(self.device, non_blocking=True), plan)
+        pipeline.reset()
+        self._pipeline = pipeline
+
+    def _next_inputs(self) -> list[Any]:
+        """Called by DALI whenever it has room for another batch; StopIteration ends the epoch."""
+        plan = next(self._plans)
+        self._taken.append(plan)
+        inputs = _inputs(plan, self.root)
+        return [inputs[name] for name in self._names]
+
+    def _run(self, pipeline: Any) -> Tensor | None:
+        try:
+            (images,) = pipeline.run()
+        except StopIteration:
+            return None
+        except RuntimeError as error:
+            # DALI neither names the file nor goes on with the rest of the batch.
+            raise DecodeError(self.root, self._taken[0].paths, error) from error
+        return torch.from_dlpack(images.as_tensor())
+
+    def close(self) -> None:
+        """Free the pipeline's threads and buffers."""
+        self._pipeline = None

@@ -1,0 +1,83 @@
+"""The loader protocol, and the choice between its implementations."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tldist.config import DataConfig, UserError
+from tldist.data.augment import AugmentSpec
+from tldist.data.batches import BatchPlan
+
+IN_FLIGHT = 3
+"""Batches being prepared while one is used: enough to ride over a slow image, little memory."""
+ERASED = (124, 116, 104)
+"""Erased pixels take ImageNet's mean colour, which is 0 after normalisation."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images_NHWC: uint8 on the worker's device; labels_N: int64 there; plan: what was asked for."""
+
+    images_NHWC: Tensor
+    labels_N: Tensor
+    plan: BatchPlan
+
+
+class Loader(Protocol):
+    """Turns plans into batches, in order, working ahead of the consumer."""
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """Raises DecodeError naming the files when a batch cannot be read."""
+        ...
+
+    def close(self) -> None:
+        """Stop threads and free buffers."""
+        ...
+
+
+class DecodeError(RuntimeError):
+    """Files that the index had accepted cannot be read any more."""
+
+    def __init__(self, root: Path, paths: Iterable[str], reason: object) -> None:
+        names = ", ".join(paths)
+        super().__init__(
+            f"cannot decode one of {names} under {root}: {' '.join(str(reason).split())[:300]}; if files changed "
+            "since the run started, start it again so that they are checked"
+        )
+
+
+def loader_kind(config: DataConfig) -> str:
+    """The kind that `auto` stands for. Raises UserError where DALI is asked for and absent."""
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if config.loader == "dali" and not has_dali:
+        raise UserError("--data.loader dali, but NVIDIA DALI is not installed: install nvidia-dali-cuda130, or use auto")
+    if config.loader == "auto":
+        return "dali" if has_dali else "torchvision"
+    return config.loader
+
+
+def threads_per_worker(config: DataConfig, local_workers: int) -> int:
+    """`--data.threads`, or this machine's cores shared among its workers."""
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_workers)
+
+
+def open_loader(
+    config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device, local_workers: int
+) -> Loader:
+    """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`."""
+    root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config, local_workers)
+    if loader_kind(config) == "dali":
+        from tldist.data.dali import DaliLoader
+
+        return DaliLoader(root, spec, config.image_size, max_batch, threads, device)
+    from tldist.data.torchvision_loader import TorchvisionLoader
+
+    return TorchvisionLoader(root, spec, config.image_size, threads, device)

@@ -1,0 +1,106 @@
+"""The torchvision loader: decode_image and v2 in threads; where DALI is absent, and what DALI is compared with."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as v2
+
+from tldist.data.augment import AugmentSpec, Views
+from tldist.data.batches import BatchPlan
+from tldist.data.loader import ERASED, IN_FLIGHT, Batch, DecodeError
+
+
+class TorchvisionLoader:
+    """A pool of threads, one image a task; decoding and resizing release the GIL."""
+
+    def __init__(self, root: Path, spec: AugmentSpec, image_size: int, threads: int, device: torch.device) -> None:
+        self.root, self.spec, self.image_size, self.device = root, spec, image_size, device
+        # Each image is one thread's work; nested intra-op threads would only fight over the cores.
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+    def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
+        """In order."""
+        waiting: deque[tuple[BatchPlan, Tensor, list[Future[None]]]] = deque()
+        plans = iter(plans)
+        for plan in itertools.islice(plans, IN_FLIGHT):
+            waiting.append(self._schedule(plan))
+        while waiting:
+            plan, images, tasks = waiting.popleft()
+            self._wait(plan, tasks)
+            for ahead in itertools.islice(plans, 1):
+                waiting.append(self._schedule(ahead))
+            labels = torch.from_numpy(plan.labels_N).to(self.device, non_blocking=True)
+            yield Batch(images.to(self.device, non_blocking=True), labels, plan)
+
+    def _schedule(self, plan: BatchPlan) -> tuple[BatchPlan, Tensor, list[Future[None]]]:
+        shape = (len(plan.paths), self.image_size, self.image_size, 3)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        tasks = [self.pool.submit(self._load, plan, i, images[i]) for i in range(len(plan.paths))]
+        return plan, images, tasks
+
+    def _load(self, plan: BatchPlan, i: int, out_HWC: Tensor) -> None:
+        image_CHW = read_rgb(self.root / plan.paths[i])
+        out_HWC.copy_(show(image_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0))
+
+    def _wait(self, plan: BatchPlan, tasks: list[Future[None]]) -> None:
+        for path, task in zip(plan.paths, tasks, strict=True):
+            try:
+                task.result()
+            except (RuntimeError, OSError, ValueError) as error:
+                raise DecodeError(self.root, [path], error) from error
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+def read_rgb(path: Path) -> Tensor:
+    """A file as uint8 RGB (C, H, W), turned as its EXIF tag says."""
+    data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    try:
+        image = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        if image.dtype == torch.uint8:
+            return image
+    except RuntimeError:
+        pass  # BMP, TIFF and CMYK JPEGs are not torchvision's
+    with Image.open(path) as opened:
+        turned = ImageOps.exif_transpose(opened).convert("RGB")
+    return torch.from_numpy(np.array(turned)).permute(2, 0, 1)
+
+
+def show(image_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
+    """One image as its view says: uint8 (3, size, size)."""
+    (box,), (resize,) = view.box_N4.tolist(), view.resize_N2.tolist()
+    image = v2.resized_crop(image_CHW, *box, size=resize, antialias=True)
+    if spec.crop_area is None:
+        image = v2.crop(image, *view.crop_N2[0].tolist(), size, size)
+    if view.flip_N[0]:
+        image = v2.horizontal_flip(image)
+    if spec.rotate_deg:
+        image = v2.rotate(image, float(view.angle_N[0]), interpolation=InterpolationMode.BILINEAR)
+    if spec.colour:
+        image = _colour(image, view)
+    if spec.blur_sigma:
+        image = v2.gaussian_blur(image, kernel_size=[3, 3], sigma=[float(view.blur_sigma_N[0])])
+    if view.erase_N4[0].any():
+        fill = torch.tensor(ERASED, dtype=torch.uint8)[:, None, None]
+        image = v2.erase(image, *view.erase_N4[0].tolist(), v=fill)
+    return image
+
+
+def _colour(image: Tensor, view: Views) -> Tensor:
+    image = v2.adjust_brightness(image, float(view.brightness_N[0]))
+    image = v2.adjust_contrast(image, float(view.contrast_N[0]))
+    image = v2.adjust_saturation(image, float(view.saturation_N[0]))
+    return v2.adjust_hue(image, float(view.hue_N[0]) / 360)

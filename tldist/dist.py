@@ -1,0 +1,145 @@
+"""Ranks and collectives: every function is also right in a single process without a process group."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+
+TIMEOUT = timedelta(minutes=10)
+
+
+def is_initialized() -> bool:
+    """Is there a process group?"""
+    return td.is_available() and td.is_initialized()
+
+
+def rank() -> int:
+    """This worker's number, 0 in a single process."""
+    return td.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many workers there are, 1 in a single process."""
+    return td.get_world_size() if is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Is this the worker that writes files?"""
+    return rank() == 0
+
+
+def init(device: torch.device) -> bool:
+    """Join the process group that torchrun's variables describe, unless one exists (Ray makes its own).
+
+    Returns whether this call made the group, so that its maker also destroys it.
+    """
+    if is_initialized() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    return True
+
+
+def close() -> None:
+    """Leave the process group."""
+    if is_initialized():
+        td.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The GPU of this worker (LOCAL_RANK), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def barrier() -> None:
+    """Wait for all workers."""
+    if world_size() > 1:
+        td.barrier()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over workers, in place, of a tensor on the workers' device."""
+    if world_size() > 1:
+        td.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """True on every worker if `flag` is true on one; costs one small all-reduce and a host sync."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    td.all_reduce(value, op=td.ReduceOp.MAX)
+    return bool(value.item())
+
+
+@torch.no_grad()
+def average_(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace floating-point tensors by their mean over workers: the BatchNorm statistics before they are used."""
+    if world_size() == 1:
+        return
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            td.all_reduce(tensor)
+            tensor /= world_size()
+
+
+class ReplicasDiverged(RuntimeError):  # noqa: N818 - it states a fact of the run
+    """The workers no longer hold the same weights; training on would be silently wrong."""
+
+
+def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum over the tensor's bits, weighted by position so that moved values count too."""
+    as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.detach().contiguous().view(-1).view(as_int).to(torch.int64)
+    places = torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device)
+    return (bits * places).sum()
+
+
+@torch.no_grad()
+def replica_spread(tensors: Mapping[str, torch.Tensor]) -> float:
+    """Largest difference between workers over all named tensors: 0.0 when they agree in every bit.
+
+    Fingerprints are compared first (8 bytes a tensor), so agreement costs one small all-reduce.
+    Raises ReplicasDiverged with the first differing name and its spread.
+    """
+    if world_size() == 1 or not tensors:
+        return 0.0
+    prints = torch.stack([_fingerprint(t) for t in tensors.values()])
+    low, high = prints.clone(), prints.clone()
+    td.all_reduce(low, op=td.ReduceOp.MIN)
+    td.all_reduce(high, op=td.ReduceOp.MAX)
+    different = [name for name, same in zip(tensors, (low == high).tolist(), strict=True) if not same]
+    if not different:
+        return 0.0
+    name = different[0]
+    low_t, high_t = tensors[name].double(), tensors[name].double()
+    td.all_reduce(low_t, op=td.ReduceOp.MIN)
+    td.all_reduce(high_t, op=td.ReduceOp.MAX)
+    spread = (high_t - low_t).max().item()
+    raise ReplicasDiverged(
+        f"the workers' copies of '{name}' differ by up to {spread:.3g} ({len(different)} of {len(tensors)} tensors "
+        "differ): the run stops here, its last checkpoint was written before"
+    )
+
+
+def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
+    """All workers' rows, one below the other, on every worker; the numbers of rows may differ."""
+    if world_size() == 1:
+        return rows_NK
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows_NK.device)
+    counts[rank()] = len(rows_NK)
+    td.all_reduce(counts)
+    longest = int(counts.max())
+    padded = rows_NK.new_zeros(longest, rows_NK.shape[1])
+    padded[: len(rows_NK)] = rows_NK
+    parts = [torch.empty_like(padded) for _ in range(world_size())]
+    td.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])

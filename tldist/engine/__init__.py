@@ -1,0 +1,29 @@
+"""Engines: how the live suffix is replicated and stepped."""
+
+from __future__ import annotations
+
+from tldist import dist
+from tldist.config import EngineConfig, OptimConfig
+from tldist.engine.base import Engine, Numerics, numerics
+from tldist.engine.ddp import DDPEngine
+from tldist.engine.single import SingleEngine
+from tldist.objectives.base import Objective
+from tldist.plan import Phase
+
+ENGINES = {"single": SingleEngine, "ddp": DDPEngine}
+
+__all__ = ["ENGINES", "Engine", "Numerics", "build_engine", "engine_kind", "numerics"]
+
+
+def engine_kind(config: EngineConfig, world_size: int) -> str:
+    """The kind that `auto` stands for."""
+    if config.kind != "auto":
+        return config.kind
+    return "ddp" if world_size > 1 else "single"
+
+
+def build_engine(
+    config: EngineConfig, objective: Objective, phase: Phase, optim: OptimConfig, numbers: Numerics
+) -> Engine:
+    """The configured engine around one phase's objective."""
+    return ENGINES[engine_kind(config, dist.world_size())](objective, phase, optim, numbers)

@@ -1,0 +1,58 @@
+"""One worker: the objective itself and a torch optimizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tldist.config import OptimConfig
+from tldist.engine.base import Numerics
+from tldist.objectives.base import Objective, StepOutput, Targets
+from tldist.optim import OptimizerState, build_optimizer, load_state, parameter_groups, read_state, set_learning_rates
+from tldist.plan import Phase
+
+
+class SingleEngine:
+    """Forward, backward and step in one process. `DDPEngine` differs only in what it wraps around the objective."""
+
+    def __init__(self, objective: Objective, phase: Phase, config: OptimConfig, numerics: Numerics) -> None:
+        self.objective = objective
+        self.config = config
+        self.numerics = numerics
+        self.optimizer = build_optimizer(parameter_groups(objective.parameters_by_stage(), phase, config), config)
+        self.scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.scales_loss)
+        self.module = self.wrap(objective)
+
+    def wrap(self, objective: Objective) -> nn.Module:
+        """The module whose forward is called in training."""
+        return objective
+
+    def forward_backward(self, features: Tensor, targets: Targets) -> StepOutput:
+        """features: what the prefix returned; the loss is the mean over this worker's images."""
+        with self.numerics.autocast():
+            output: StepOutput = self.module(features, targets)
+        self.scaler.scale(output.loss).backward()
+        return StepOutput(output.loss.detach(), output.logits.detach())
+
+    def step(self, factor: float) -> None:
+        """No host sync: the clip factor and fp16's skip decision stay on the device."""
+        set_learning_rates(self.optimizer, self.config.base_lr, factor)
+        if self.config.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_state(self) -> OptimizerState:
+        """The live tensors by parameter name."""
+        return read_state(self.optimizer)
+
+    def load_optimizer_state(self, state: OptimizerState) -> None:
+        """Copies of `state`, for the parameters this engine trains."""
+        load_state(self.optimizer, state)
+
+    def close(self) -> None:
+        """Drop gradients, so that frozen-again parameters keep none."""
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,90 @@
+"""Exact evaluation: every image once, on any number of workers, and proof of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from tldist import dist
+from tldist.data.index import Split
+from tldist.data.loader import Batch
+from tldist.engine.base import Numerics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per image, in the split's order; equal on all workers."""
+
+    labels_N: Tensor
+    predicted_N: Tensor
+    confidence_N: Tensor
+    loss_N: Tensor
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose most probable class is their label."""
+        return (self.predicted_N == self.labels_N).double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, without label smoothing."""
+        return self.loss_N.mean().item()
+
+
+@torch.no_grad()
+def evaluate(
+    network: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    to_input: Callable[[Tensor], Tensor],
+    images: int,
+    numbers: Numerics,
+) -> Evaluation:
+    """`network`: images_NCHW -> logits_NC, in eval mode; `to_input`: images_NHWC uint8 -> images_NCHW.
+
+    Raises RuntimeError unless the workers together saw each of the split's `images` exactly once.
+    """
+    rows = [torch.zeros(0, 5, dtype=torch.float64)]
+    for batch in batches:
+        with numbers.autocast():
+            logits = network(to_input(batch.images_NHWC)).float()
+        confidence, predicted = logits.softmax(dim=1).max(dim=1)
+        loss = F.cross_entropy(logits, batch.labels_N, reduction="none")
+        ids = torch.from_numpy(batch.plan.ids_N).to(logits.device)
+        columns = [t.double() for t in (ids, batch.labels_N, predicted, confidence, loss)]
+        rows.append(torch.stack(columns, dim=1).cpu())
+    gathered = dist.gather_rows(torch.cat(rows).to(numbers.device)).cpu()
+    gathered = gathered[gathered[:, 0].argsort()]
+    if not torch.equal(gathered[:, 0].long(), torch.arange(images)):
+        raise RuntimeError(f"evaluation saw {len(gathered)} images, not each of the {images} exactly once")
+    _, labels, predicted, confidence, loss = gathered.unbind(1)
+    return Evaluation(labels.long(), predicted.long(), confidence, loss)
+
+
+def predictions(evaluation: Evaluation, split: Split, classes: tuple[str, ...], samples: int = 24) -> dict[str, Any]:
+    """Confusion matrix (row: label, column: prediction), and images to look at: worst mistakes, then hits."""
+    c = len(classes)
+    confusion = multiclass_confusion_matrix(evaluation.predicted_N, evaluation.labels_N, num_classes=c)
+    wrong = evaluation.predicted_N != evaluation.labels_N
+    score = evaluation.confidence_N + wrong.double()  # every mistake before every hit, the surest first
+    worst = score.argsort(descending=True, stable=True)
+    mistakes = worst[: int(wrong.sum())][: samples * 2 // 3].tolist()
+    hits = worst[int(wrong.sum()) :][: samples - len(mistakes)].tolist()
+    return {
+        "classes": list(classes),
+        "confusion_CC": confusion.tolist(),
+        "samples": [
+            {
+                "path": split.paths[i],
+                "label": int(evaluation.labels_N[i]),
+                "predicted": int(evaluation.predicted_N[i]),
+                "confidence": round(float(evaluation.confidence_N[i]), 4),
+            }
+            for i in mistakes + hits
+        ],
+    }

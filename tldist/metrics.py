@@ -1,0 +1,122 @@
+"""What a run measures: running loss and accuracy kept on the device, throughput kept free of everything else."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tldist import dist
+from tldist.objectives.base import StepOutput, Targets
+
+WARMUP_STEPS = 3
+"""Steps at the start of each phase that the throughput clock leaves out: allocator, autotuning, compilation."""
+
+
+class TrainMeter:
+    """Loss and top-1 over the steps since the last reading, summed on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * n, correct, n
+
+    @torch.no_grad()
+    def update(self, output: StepOutput, targets: Targets) -> None:
+        """Mixed images count as correct by the share of the label that was predicted."""
+        predicted = output.logits.argmax(dim=1)
+        hits = (predicted == targets.labels_N).double()
+        if targets.partner_labels_N is not None and targets.weight_N is not None:
+            partner_hits = (predicted == targets.partner_labels_N).double()
+            hits = torch.lerp(partner_hits, hits, targets.weight_N.double())
+        n = len(predicted)
+        self.sums += torch.stack([output.loss.double() * n, hits.sum(), self.sums.new_tensor(float(n))])
+
+    def read(self) -> tuple[float, float]:
+        """(loss, top-1) over all workers since the last reading: one all-reduce, one copy to the host."""
+        loss, correct, n = dist.all_sum(self.sums).tolist()
+        self.sums.zero_()
+        return loss / max(n, 1), correct / max(n, 1)
+
+
+@dataclass
+class Window:
+    """Steady training time: images over all workers, seconds, and the seconds of them spent waiting for data."""
+
+    images: int = 0
+    seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def __add__(self, other: Window) -> Window:
+        return Window(
+            self.images + other.images, self.seconds + other.seconds, self.wait_seconds + other.wait_seconds
+        )
+
+    @property
+    def images_per_s(self) -> float:
+        """0.0 while nothing was measured."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    @property
+    def data_wait_share(self) -> float:
+        """Share of the time in which this worker waited for its loader."""
+        return self.wait_seconds / self.seconds if self.seconds else 0.0
+
+
+class ThroughputClock:
+    """Counts training steps and nothing else: it stands during evaluation, checkpoints and a phase's warm-up.
+
+    `start` and `stop` synchronise the device; between them only `step` and `waited` are called, which do not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.phase = Window()
+        self._window = Window()
+        self._since = 0.0
+        self._warmup_left = WARMUP_STEPS
+
+    def start(self) -> None:
+        """Begin a window; whatever an earlier one held is forgotten."""
+        self._synchronize()
+        self._window, self._since = Window(), time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """The loader kept the step waiting."""
+        self._window.wait_seconds += seconds
+
+    def step(self, images: int) -> None:
+        """A step over `images` (of all workers) was launched."""
+        self._window.images += images
+        if self._warmup_left:
+            self._warmup_left -= 1
+            self.start()
+
+    def stop(self) -> Window:
+        """End the window, count it into the phase, and return it; nothing is counted during the warm-up."""
+        self._synchronize()
+        if self._warmup_left or not self._window.images:
+            return Window()
+        self._window.seconds = time.perf_counter() - self._since
+        self.phase = self.phase + self._window
+        window, self._window = self._window, Window()
+        return window
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest of all workers: allocated device memory, or resident memory on the CPU."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return float(dist.gather_rows(torch.tensor([[used]], dtype=torch.float64, device=device)).max())
+
+
+def count_parameters(named: dict[str, Tensor]) -> int:
+    """Elements over all tensors."""
+    return sum(t.numel() for t in named.values())

@@ -1,0 +1,25 @@
+"""Cross-entropy, with label smoothing and mixed targets."""
+
+from __future__ import annotations
+
+from tldist_kernels import mixed_cross_entropy
+from torch import Tensor
+
+from tldist.backbones import Segment
+from tldist.objectives.base import Objective, StepOutput, Targets
+
+
+class Supervised(Objective):
+    """weight * CE(label) + (1 - weight) * CE(partner label), averaged over the batch (Zhang et al., 2018)."""
+
+    def __init__(self, network: Segment, label_smoothing: float) -> None:
+        super().__init__(network)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, features: Tensor, targets: Targets) -> StepOutput:
+        """features: the prefix's output (or images) -> loss and logits_NC."""
+        logits = self.network(features)
+        loss_N = mixed_cross_entropy(
+            logits, targets.labels_N, targets.partner_labels_N, targets.weight_N, self.label_smoothing
+        )
+        return StepOutput(loss_N.mean(), logits)

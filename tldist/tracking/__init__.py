@@ -1,0 +1,1 @@
+"""Who watches a run: metrics.jsonl is the source of truth, the console and W&B are mirrors of it."""

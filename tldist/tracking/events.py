@@ -1,0 +1,34 @@
+"""metrics.jsonl: one JSON object per line, on disk before training goes on; everything else is a mirror of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Appends events to a file, flushed per line, and hands them to mirrors. Without a path it is silent."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.mirrors: list[Callable[[Event], None]] = []
+        self._file = path.open("a") if path else None
+
+    def write(self, event: str, **fields: Any) -> None:
+        """One line: {"event": ..., "time": unix seconds, ...}."""
+        if self._file is None:
+            return
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for mirror in self.mirrors:
+            mirror(record)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

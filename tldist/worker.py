@@ -1,0 +1,249 @@
+"""One worker's run: builds the parts in order, fits, closes. Ray, torchrun and a plain process call the same function."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tldist import backbones, config, dist
+from tldist.config import RunConfig, UserError
+from tldist.data.augment import PRESETS, AugmentSpec
+from tldist.data.index import Index, build_index, load_index, save_index, subset
+from tldist.data.loader import open_loader
+from tldist.engine import engine_kind, numerics
+from tldist.evaluate import predictions
+from tldist.fit import FitResult, Run, fit
+from tldist.metrics import Window, count_parameters, peak_memory_gib
+from tldist.plan import Plan, build_plan
+from tldist.report import write_report
+from tldist.tracking.environment import environment
+from tldist.tracking.events import EventLog
+from tldist.tracking.wandb import WandbSink
+
+
+def run(config_json: str) -> dict[str, Any]:
+    """Train as the config says, on this worker; returns the summary (on every worker).
+
+    `config_json` is the only thing that crosses from a launcher. The run directory must exist and be shared by
+    all workers.
+    """
+    started = time.time()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    device = dist.local_device()
+    made_group = dist.init(device)
+    settings = config.from_json(config_json)
+    log = EventLog(Path(settings.run_dir) / "metrics.jsonl" if dist.is_main() else None)
+    try:
+        return _run(settings, device, log, started)
+    except Exception as error:
+        log.write("error", text=str(error), kind=type(error).__name__)
+        raise
+    finally:
+        log.close()
+        if made_group:
+            dist.close()
+
+
+def _run(settings: RunConfig, device: torch.device, log: EventLog, started: float) -> dict[str, Any]:
+    parts = build(settings, device, log)
+    sink = open_wandb(parts) if dist.is_main() else None
+    if sink is not None:
+        log.mirrors.append(sink.write)
+    try:
+        announce(parts)
+        result = fit(parts)
+        return finish(parts, result, sink, started)
+    finally:
+        parts.train_loader.close()
+        parts.eval_loader.close()
+        if sink is not None:
+            sink.close()
+
+
+def local_world_size() -> int:
+    """Workers on this machine (torchrun and Ray both say so)."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
+    """Index, loaders, model and plan, in that order."""
+    settings.validate()
+    numbers = numerics(settings.train.precision, device)
+    index = shared_index(settings)
+    data, share = settings.data, settings.data.batch_size // dist.world_size()
+    check_batch(settings, index)
+    model = backbones.build(
+        settings.model,
+        len(index.classes),
+        data.image_size,
+        settings.seed,
+        pretrained=settings.strategy.name != "scratch",
+    ).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Run(
+        config=settings,
+        plan=build_plan(settings.strategy, tuple(model.stages), settings.train.epochs),
+        model=model,
+        index=index,
+        train_loader=open_loader(data, PRESETS[data.augment], share, device, local_world_size()),
+        eval_loader=open_loader(data, AugmentSpec(), data.batch_size, device, local_world_size()),
+        numbers=numbers,
+        log=log,
+        run_dir=Path(settings.run_dir),
+    )
+
+
+def shared_index(settings: RunConfig) -> Index:
+    """The index, built by one worker (each file is looked at once) and read by all from the run directory."""
+    path = Path(settings.run_dir) / "index.json"
+    if dist.is_main():
+        index = build_index(settings.data.root, settings.data.classes)
+        if per_class := settings.data.train_images_per_class:
+            index = dataclasses.replace(index, train=subset(index.train, per_class, settings.seed))
+        save_index(index, path)
+    dist.barrier()
+    return load_index(path)
+
+
+def check_batch(settings: RunConfig, index: Index) -> None:
+    """A batch larger than the training set would mean epochs without a step."""
+    images, batch = len(index.train.paths), settings.data.batch_size
+    if batch > images:
+        raise UserError(f"--data.batch-size {batch} is more than the {images} training images: use {images} or fewer")
+
+
+def open_wandb(parts: Run) -> WandbSink | None:
+    """The W&B mirror of this run, if it is wanted."""
+    settings = parts.config
+    return WandbSink.open(
+        settings.tracking.wandb,
+        run_dir=parts.run_dir,
+        project=settings.tracking.project,
+        name=parts.run_dir.name,
+        config=config.to_dict(settings),
+        tags=[settings.recipe, settings.strategy.name, settings.model.name],
+        run_id=None,
+        notice=lambda text: parts.log.write("notice", text=text),
+    )
+
+
+def announce(parts: Run) -> None:
+    """Write environment.json and the run's first line."""
+    if not dist.is_main():
+        return
+    (parts.run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+    settings, index, plan = parts.config, parts.index, parts.plan
+    parts.log.write(
+        "run",
+        recipe=settings.recipe,
+        strategy=settings.strategy.name,
+        model=settings.model.name,
+        engine=engine_kind(settings.engine, dist.world_size()),
+        world_size=dist.world_size(),
+        epochs=plan.epochs,
+        steps_per_epoch=parts.steps_per_epoch,
+        total_steps=plan.epochs * parts.steps_per_epoch,
+        train_images=len(index.train.paths),
+        val_images=len(index.val.paths),
+        skipped_images=len(index.skipped),
+        classes=list(index.classes),
+        plan=describe_plan(plan, settings.optim.base_lr, stage_parameters(parts.model)),
+    )
+    for skipped in index.skipped:
+        parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
+
+
+def stage_parameters(model: backbones.StagedModel) -> dict[str, int]:
+    """Parameters of each stage."""
+    return {name: sum(p.numel() for p in stage.parameters()) for name, stage in model.stages.items()}
+
+
+def describe_plan(plan: Plan, base_lr: float, parameters: dict[str, int]) -> list[dict[str, Any]]:
+    """The plan as plain values: per phase each stage's peak learning rate (0.0: frozen) and what trains."""
+    return [
+        {
+            "phase": i,
+            "name": phase.name,
+            "epochs": phase.epochs,
+            "stages": {stage: base_lr * phase.multiple(stage) for stage in plan.stages},
+            "trainable_params": sum(parameters[stage] for stage in phase.trainable),
+            "prefix": list(plan.stages[: plan.cut(i)]),
+        }
+        for i, phase in enumerate(plan.phases)
+    ]
+
+
+def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
+    """Write predictions, summary and report; returns the summary."""
+    summary = summarize(parts, result, sink, started)
+    if dist.is_main():
+        if result.best is not None:
+            shown = predictions(result.best, parts.index.val, parts.index.classes)
+            (parts.run_dir / "predictions.json").write_text(json.dumps(shown))
+            if sink is not None:
+                root = Path(parts.index.root)
+                samples = [{**s, "path": str(root / s["path"])} for s in shown["samples"]]
+                sink.write({"event": "predictions", **shown, "samples": samples, "step": result.state.step})
+        (parts.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        parts.log.write("end", **summary)
+        _report(parts)
+    return summary
+
+
+def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
+    """The numbers of summary.json."""
+    settings, state = parts.config, result.state
+    total = sum(result.windows, Window())
+    phases = describe_plan(parts.plan, settings.optim.base_lr, stage_parameters(parts.model))
+    per_phase = [
+        {
+            "name": phase["name"],
+            "epochs": phase["epochs"],
+            "trainable_params": phase["trainable_params"],
+            "images_per_s": round(window.images_per_s, 1),
+            "data_wait_share": round(window.data_wait_share, 4),
+        }
+        for phase, window in zip(phases, result.windows, strict=True)
+    ]
+    return {
+        "recipe": settings.recipe,
+        "strategy": settings.strategy.name,
+        "model": settings.model.name,
+        "engine": engine_kind(settings.engine, dist.world_size()),
+        "world_size": dist.world_size(),
+        "seed": settings.seed,
+        "epochs": state.epoch,
+        "phases": len(parts.plan.phases),
+        "per_phase": per_phase,
+        "train_images": len(parts.index.train.paths),
+        "val_images": len(parts.index.val.paths),
+        "skipped_images": len(parts.index.skipped),
+        "val_top1": state.val_top1,
+        "best_val_top1": state.best_val_top1,
+        "best_epoch": state.best_epoch,
+        "images_per_s": round(total.images_per_s, 1),
+        "data_wait_share": round(total.data_wait_share, 4),
+        "trainable_params": phases[-1]["trainable_params"],
+        "total_params": count_parameters(dict(parts.model.named_parameters())),
+        "replica_spread": result.replica_spread,
+        "peak_mem_gib": round(peak_memory_gib(parts.numbers.device), 3),
+        "wall_s": round(time.time() - started, 2),
+        "resumed_from": None,
+        "wandb_run_id": sink.run_id if sink is not None else None,
+    }
+
+
+def _report(parts: Run) -> None:
+    # The weights and numbers are safe by now; a picture that cannot be drawn must not fail the run.
+    try:
+        write_report(parts.run_dir, Path(parts.index.root))
+    except Exception as error:
+        logging.getLogger("tldist").exception("report")
+        parts.log.write("notice", text=f"report.html could not be written: {error}")

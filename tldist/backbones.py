@@ -111,8 +111,7 @@ def _convnext(net: Any) -> dict[str, nn.Module]:
 
 def _feature_groups(net: Any, groups: Mapping[str, Sequence[int]]) -> dict[str, nn.Module]:
     return {
-        name: nn.Sequential(OrderedDict((str(i), net.features[i]) for i in indexes))
-        for name, indexes in groups.items()
+        name: nn.Sequential(OrderedDict((str(i), net.features[i]) for i in indexes)) for name, indexes in groups.items()
     }
 
 
@@ -197,7 +196,11 @@ def _new_head(kind: str, in_features: int, num_classes: int) -> nn.Module:
     if kind == "mlp":
         return nn.Sequential(nn.Linear(in_features, 256), nn.ReLU(), nn.Dropout(0.3), nn.Linear(256, num_classes))
     return nn.Sequential(
-        nn.Linear(in_features, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Dropout(0.3), nn.Linear(512, num_classes)
+        nn.Linear(in_features, 512),
+        nn.BatchNorm1d(512),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Linear(512, num_classes),
     )
 
 

@@ -18,7 +18,13 @@ import tyro
 import yaml
 
 ModelName = Literal[
-    "resnet18", "resnet50", "efficientnet_b0", "efficientnet_b4", "efficientnet_b7", "convnext_base", "vit_b_16"
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "efficientnet_b4",
+    "efficientnet_b7",
+    "convnext_base",
+    "vit_b_16",
 ]
 StrategyName = Literal["scratch", "feature_extraction", "partial", "full", "discriminative", "two_phase", "gradual"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -29,6 +35,10 @@ STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 
 class UserError(ValueError):
     """A mistake in what the user asked for: one sentence that says what is wrong and what to do."""
+
+
+class TrainingFailed(RuntimeError):  # noqa: N818 - it states how the run ended
+    """A run that started and did not reach its end; says why, and where to read more."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -239,7 +249,10 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             not 0 <= c.train.label_smoothing < 1,
             f"--train.label-smoothing is {c.train.label_smoothing}: give a share from 0 to below 1",
         ),
-        (not 0 < c.strategy.decay <= 1, f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1"),
+        (
+            not 0 < c.strategy.decay <= 1,
+            f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1",
+        ),
         (
             not 0 < c.strategy.first_phase < 1,
             f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",

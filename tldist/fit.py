@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tldist_kernels import mix_normalize
 from torch import Tensor, nn
 
 from tldist import checkpoint, dist
@@ -29,6 +28,7 @@ from tldist.optim import schedule_factor
 from tldist.plan import Phase, Plan
 from tldist.prefix import Prefix
 from tldist.tracking.events import EventLog
+from tldist_kernels import mix_normalize
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,7 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Batch) -> None:
 
 def to_input(images_NHWC: Tensor, dtype: torch.dtype, mix: Mix | None = None) -> Tensor:
     """uint8 NHWC -> the network's input: normalised, mixed, channels_last NCHW in `dtype`."""
-    mixing = (
-        {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4} if mix is not None else {}
-    )
+    mixing = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4} if mix is not None else {}
     return mix_normalize(images_NHWC, IMAGE_MEAN, IMAGE_STD, dtype, **mixing)
 
 
@@ -243,9 +241,7 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
     split = run.index.val
     plans = eval_batches(split, run.config.data.image_size, run.config.data.batch_size, run.worker)
     batches = run.eval_loader.batches(plans)
-    return evaluate(
-        live.logits, batches, lambda x: to_input(x, run.numbers.dtype), len(split.paths), run.numbers
-    )
+    return evaluate(live.logits, batches, lambda x: to_input(x, run.numbers.dtype), len(split.paths), run.numbers)
 
 
 def save_checkpoints(run: Run, state: TrainState, is_best: bool) -> None:

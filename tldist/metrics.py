@@ -49,9 +49,7 @@ class Window:
     wait_seconds: float = 0.0
 
     def __add__(self, other: Window) -> Window:
-        return Window(
-            self.images + other.images, self.seconds + other.seconds, self.wait_seconds + other.wait_seconds
-        )
+        return Window(self.images + other.images, self.seconds + other.seconds, self.wait_seconds + other.wait_seconds)
 
     @property
     def images_per_s(self) -> float:

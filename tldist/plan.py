@@ -65,7 +65,9 @@ def build_plan(config: StrategyConfig, stages: Sequence[str], epochs: int) -> Pl
     return Plan(stages, tuple(_BUILDERS[config.name](config, stages, epochs)))
 
 
-def _tail(config: StrategyConfig, stages: Sequence[str], count: int, factor: float = 1.0) -> tuple[tuple[str, float], ...]:
+def _tail(
+    config: StrategyConfig, stages: Sequence[str], count: int, factor: float = 1.0
+) -> tuple[tuple[str, float], ...]:
     """The last `count` stages: pre-trained ones at `backbone_lr`, the head at 1, all times `factor`."""
     tail = stages[len(stages) - count :]
     return tuple((stage, factor * (config.backbone_lr if stage != stages[-1] else 1.0)) for stage in tail)
@@ -120,9 +122,7 @@ def _gradual(config: StrategyConfig, stages: Sequence[str], epochs: int) -> list
     lengths = [every] * (count - 1)
     lengths.append(epochs - sum(lengths))
     names = [stages[-1], *(f"+{stage}" for stage in reversed(stages[:-1]))]
-    return [
-        Phase(names[i], length, _tail(config, stages, i + 1), span="plan") for i, length in enumerate(lengths)
-    ]
+    return [Phase(names[i], length, _tail(config, stages, i + 1), span="plan") for i, length in enumerate(lengths)]
 
 
 def _trainable_count(config: StrategyConfig, stages: Sequence[str]) -> int:

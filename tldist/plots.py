@@ -97,9 +97,7 @@ def learning_rates(log: RunLog) -> Figure | None:
     curves = [(stage, curve) for stage, curve in curves if any(rate > 0 for _, rate in curve)]
     if not curves:
         return None
-    shared = [
-        ([stage for stage, _ in group], curve) for curve, group in groupby(curves, key=lambda item: item[1])
-    ]
+    shared = [([stage for stage, _ in group], curve) for curve, group in groupby(curves, key=lambda item: item[1])]
     with _look():
         figure, axes = _panel("Learning rate per stage")
         colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(shared)))

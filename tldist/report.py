@@ -179,9 +179,7 @@ def _subtitle(log: RunLog) -> str:
     classes = s.get("classes")
     parts = [
         wording.workers(s.get("engine"), whole(s, "world_size")) if s.get("engine") else "",
-        f"{s['train_images']} train and {s.get('val_images', '?')} val images"
-        if s.get("train_images")
-        else "",
+        f"{s['train_images']} train and {s.get('val_images', '?')} val images" if s.get("train_images") else "",
         f"{len(classes)} classes" if isinstance(classes, list) else "",
         f"{s['epochs']} epochs" if s.get("epochs") else "",
         f"seed {s['seed']}" if s.get("seed") is not None else "",
@@ -355,7 +353,5 @@ def _run_section(drawn: _Drawer, name: str, log: RunLog) -> Section:
     file_name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)
     curves = [(f"{file_name}-loss", plots.loss(log)), (f"{file_name}-top1", plots.top1(log))]
     phases = ", ".join(f"{phase.get('name', '')} ({phase.get('epochs', '?')} epochs)" for phase in log.plan)
-    text = ". ".join(
-        part for part in (_banner(log).rstrip("."), f"Phases: {phases}" if phases else "") if part
-    )
+    text = ". ".join(part for part in (_banner(log).rstrip("."), f"Phases: {phases}" if phases else "") if part)
     return Section(name, text=text and text + ".", pictures=drawn.all(curves))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,19 @@ def run(config_json: str) -> dict[str, Any]:
         return _run(settings, device, log, started)
     except Exception as error:
         log.write("error", text=str(error), kind=type(error).__name__)
+        _keep_traceback(settings)
         raise
     finally:
         log.close()
         if made_group:
             dist.close()
+
+
+def _keep_traceback(settings: RunConfig) -> None:
+    logs = Path(settings.run_dir) / "logs"
+    logs.mkdir(exist_ok=True)
+    with (logs / f"rank{dist.rank()}.log").open("a") as file:
+        file.write(traceback.format_exc())
 
 
 def _run(settings: RunConfig, device: torch.device, log: EventLog, started: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Fused ops of the training step, each a Triton kernel beside its torch reference. Imports torch and triton alone."""
+"""Fused ops of the training step: Triton kernels beside torch references. Imports torch and triton alone."""
 
 from tldist_kernels.backend import HAS_TRITON, Backend
 from tldist_kernels.cross_entropy import mixed_cross_entropy, mixed_cross_entropy_reference

@@ -7,13 +7,13 @@ import torch
 
 Backend = Literal["auto", "triton", "torch"]
 """`auto`: Triton for CUDA tensors where Triton is installed, torch otherwise. `triton` on CPU tensors needs
-TRITON_INTERPRET=1 in the environment before the kernel module is first imported: Triton reads it at decoration."""
+TRITON_INTERPRET=1 in the environment before the kernels are first imported: Triton reads it at decoration."""
 
 HAS_TRITON: bool = importlib.util.find_spec("triton") is not None
 
 
 def use_triton(tensor: torch.Tensor, backend: Backend) -> bool:
-    """Whether `tensor`'s op runs as a Triton kernel. Raises ValueError where that is asked for without Triton."""
+    """Whether `tensor`'s op runs as a Triton kernel. ValueError where that is asked for without Triton."""
     if backend == "auto":
         return HAS_TRITON and tensor.is_cuda
     if backend == "triton" and not HAS_TRITON:

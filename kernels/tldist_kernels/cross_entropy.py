@@ -1,8 +1,8 @@
 """Cross-entropy with mixed targets and label smoothing, per sample.
 
-Mixup and CutMix train on weight * CE(z, a) + (1 - weight) * CE(z, b) (Zhang et al., ICLR 2018, section 2; Yun et al.,
-ICCV 2019, eq. 2), and label smoothing (Szegedy et al., CVPR 2016, section 7) spreads `s` of each target evenly.
-Both terms share one log-sum-exp, so with C classes and logits z the loss and its gradient are in closed form
+Mixup and CutMix train on weight * CE(z, a) + (1 - weight) * CE(z, b) (Zhang et al., ICLR 2018, section 2;
+Yun et al., ICCV 2019, eq. 2), and label smoothing (Szegedy et al., CVPR 2016, section 7) spreads `s` of each
+target evenly. Both terms share one log-sum-exp, so with C classes and logits z there is a closed form:
 
     loss     = lse(z) - (1 - s) * (weight * z[a] + (1 - weight) * z[b]) - s * mean(z)
     dloss/dz = softmax(z) - (1 - s) * (weight * onehot(a) + (1 - weight) * onehot(b)) - s / C
@@ -30,11 +30,12 @@ def mixed_cross_entropy(
 ) -> torch.Tensor:
     """weight * CE(logits, labels) + (1 - weight) * CE(logits, partner labels); plain CE without the last two.
 
-    logits_NC: float32, float16 or bfloat16 (sums in float32), or float64 (torch reference).  labels: int64 in [0, C).
-    weight_N: the share of `labels_N`, treated as a constant.  label_smoothing: as torch.nn.functional.cross_entropy.
-    Returns loss_N, not reduced: float32 (float64 for float64 logits), differentiable once with respect to the logits.
-    A label out of range raises IndexError on the CPU and gives a NaN loss, without waiting for it, on CUDA.
-    Raises ValueError for wrong shapes.
+    logits_NC: float32, float16 or bfloat16 (sums in float32), or float64 (torch reference).
+    labels_N, partner_labels_N: int64 in [0, C).  weight_N: the share of `labels_N`, treated as a constant.
+    label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
+    Returns loss_N, not reduced: float32 (float64 for float64 logits), differentiable once in the logits.
+    A label out of range is an error on the CPU; on CUDA it gives a NaN loss, so that nothing waits for it.
+    Raises ValueError for wrong shapes, dtypes or devices.
     """
     _check(logits_NC, labels_N, partner_labels_N, weight_N, label_smoothing)
     fits = logits_NC.dtype in _TRITON_DTYPES and 0 < logits_NC.shape[1] <= MAX_CLASSES_TRITON
@@ -55,7 +56,7 @@ def mixed_cross_entropy_reference(
     weight_N: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """`mixed_cross_entropy` in torch operations: one log-softmax for both labels. loss_N, float32 or float64."""
+    """`mixed_cross_entropy` in torch operations, with one log-softmax for both labels."""
     compute_dtype = torch.float64 if logits_NC.dtype == torch.float64 else torch.float32
     log_probs_NC = F.log_softmax(logits_NC, dim=1, dtype=compute_dtype)
     if partner_labels_N is None or weight_N is None:

@@ -1,10 +1,13 @@
-"""Triton kernels of `mixed_cross_entropy`: forward reads the logits once, backward reads them again and writes once.
+"""Triton kernels of `mixed_cross_entropy`: the logits are read once forward, read and written once backward.
 
-Why the backward recomputes: the incoming gradient is known only then. A gradient made in the forward pass would be
-written, read back, scaled and written again (four passes over N * C with the forward's read); keeping one
-log-sum-exp per row makes it three. C is a compile-time constant, so that loads are wide wherever C's factors of two
-allow it.
+Why the backward recomputes: the incoming gradient is known only then. A gradient made in the forward pass
+would be written, read back, scaled and written again, four passes over N * C with the forward's read; one
+log-sum-exp kept per row makes it three.
+C is a compile-time constant, so that loads are as wide as its factors of two allow.
 """
+
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
+# `kernel[grid]` is typed as the kernel itself, without num_warps; once_differentiable hides parameter names.
 
 import contextlib
 from typing import Any
@@ -107,17 +110,17 @@ def _backward_kernel(
     confidence = (1.0 - smoothing) * grad_loss
     grad = tl.exp(logits - lse) * grad_loss - smoothing / C * grad_loss
     if partner_ptr is None:
-        grad -= tl.where(column == label, confidence, 0.0)
+        grad = tl.where(column == label, grad - confidence, grad)
     else:
         weight = tl.load(weight_ptr + row, mask=live, other=0.0).to(tl.float32)
         partner = tl.load(partner_ptr + row, mask=live, other=0).to(tl.int32)
-        grad -= tl.where(column == label, confidence * weight, 0.0)
-        grad -= tl.where(column == partner, confidence * (1.0 - weight), 0.0)
+        grad = tl.where(column == label, grad - confidence * weight, grad)
+        grad = tl.where(column == partner, grad - confidence * (1.0 - weight), grad)
     tl.store(grad_logits_ptr + wide_row * C + column, grad.to(grad_logits_ptr.dtype.element_ty), mask=mask)
 
 
 class MixedCrossEntropy(torch.autograd.Function):
-    """apply(logits_NC, labels_N, partner_labels_N, weight_N, label_smoothing) -> float32 loss_N; checked arguments."""
+    """apply(logits_NC, labels_N, partner_labels_N, weight_N, label_smoothing) -> loss_N, float32."""
 
     @staticmethod
     def forward(
@@ -130,7 +133,8 @@ class MixedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         if logits_NC.stride(1) != 1:
             logits_NC = logits_NC.contiguous()
-        labels_N, partner_labels_N, weight_N = map(_contiguous, (labels_N, partner_labels_N, weight_N))
+        labels_N = labels_N.contiguous()
+        partner_labels_N, weight_N = _contiguous(partner_labels_N), _contiguous(weight_N)
         loss_N, lse_N = _launch_forward(logits_NC, labels_N, partner_labels_N, weight_N, label_smoothing)
         ctx.save_for_backward(logits_NC, lse_N, labels_N, partner_labels_N, weight_N)
         ctx.label_smoothing = label_smoothing
@@ -138,7 +142,8 @@ class MixedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss_N: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad_loss_N,) = grad_outputs
         logits_NC, lse_N, labels_N, partner_labels_N, weight_N = ctx.saved_tensors
         grad_NC = _launch_backward(
             grad_loss_N, lse_N, logits_NC, labels_N, partner_labels_N, weight_N, ctx.label_smoothing
@@ -148,7 +153,7 @@ class MixedCrossEntropy(torch.autograd.Function):
 
 def _launch_forward(
     logits_NC: torch.Tensor,
-    labels_N: torch.Tensor | None,
+    labels_N: torch.Tensor,
     partner_labels_N: torch.Tensor | None,
     weight_N: torch.Tensor | None,
     label_smoothing: float,
@@ -215,7 +220,7 @@ def _launch_backward(
 
 
 def _tile(C: int) -> tuple[int, int]:
-    """(rows, columns) of one program, powers of two: several short rows, one row, or a stretch of a long one."""
+    """(rows, columns) of one program, powers of two: several short rows, one, or a stretch of a long one."""
     block = min(triton.next_power_of_2(C), VALUES_PER_PROGRAM)
     rows = max(1, min(MAX_ROWS_PER_PROGRAM, SHORT_ROWS_VALUES // block))
     return rows, block

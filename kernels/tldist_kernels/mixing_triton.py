@@ -2,13 +2,20 @@
 
 An H100 moves about 3 TB/s and issues about 30 T scalar instructions a second, so at 3 bytes moved per value
 (uint8 in, bf16 out) about 30 instructions per value are free and integer division is not. Hence:
-- A program owns GROUPS x VEC consecutive bytes of one image. VEC divides a row, so a group lies in one row: row,
-  box tests and loads' masks are worked out per group of 8 values, and 8-byte loads and 16-byte stores stay whole.
-- The channel of value v of a group is (group's channel + v) % 3: three rotated constants per group, and a choice
-  between them that is known when the kernel is compiled.
-- H and W are compile-time constants: divisions become multiplications, and alignment is known. One compile a size.
-- Loads are masked per group: the partner outside the box, and image i where nothing of it remains, are not read.
+- A program owns GROUPS x VEC consecutive bytes of one image. VEC divides a row, so a group lies in one row:
+  its row, box tests and load masks are worked out once for 8 values, and its 8-byte load and 16-byte store
+  stay whole.
+- The channel of value v of a group is (group's channel + v) % 3: three rotated constants per group, and a
+  choice between them that is known when the kernel is compiled.
+- H and W are compile-time constants: divisions become multiplications and alignment is known. One compile a
+  size.
+- Loads are masked per group: the partner outside the box, and image i where nothing of it remains, are not
+  read.
+Instructions per value in sm_90 code (Triton 3.9): 8 unmixed, 13 Mixup, 21 CutMix, 7 to 14 more with flips.
 """
+
+# pyright: reportCallIssue=false, reportPossiblyUnboundVariable=false
+# `kernel[grid]` is typed as the kernel itself, without num_warps; branches on None arguments are static.
 
 import contextlib
 
@@ -24,10 +31,10 @@ NUM_WARPS = 4
 
 @triton.jit
 def _load(image_ptr, flipped, offset, mirrored, mask):
-    """uint8 values at `offset`, or at `mirrored` for a flipped image: a branch, so the straight one stays wide.
+    """uint8 values at `offset`, or at `mirrored` for a flipped image: a branch, so the former stays wide.
 
-    The byte loads of a mirrored group share cache lines, which L1 had better keep. Besides, the branches must differ
-    in more than the address: MLIR merges those that do not, and then both load byte by byte (Triton 3.9, sm_90).
+    The byte loads of a mirrored group share cache lines, which L1 had better keep. Besides, the branches must
+    differ in more than the address: MLIR merges those that do not, and then both load bytes (Triton 3.9).
     """
     if flipped:
         values = tl.load(image_ptr + mirrored, mask=mask, other=0, eviction_policy="evict_last")
@@ -75,9 +82,9 @@ def _mix_normalize_kernel(
     flipped = False
     if flip_ptr is not None:
         flipped = tl.load(flip_ptr + image) != 0
-        # Channel c of pixel x comes from pixel W - 1 - x: byte 3 * (W - 1 - x) + c = (ROW_BYTES - 3) - column + 2 * c
-        # of the row. With c = (first + lane) % 3 that is one of three numbers per group less the lane, and in int64
-        # the lane becomes the load's immediate offset: 3 address registers for 8 loads.
+        # Channel c of pixel x comes from pixel W - 1 - x: byte 3 * (W - 1 - x) + c of the row, which is
+        # (ROW_BYTES - 3) - column + 2 * c. With c = (first + lane) % 3 that is one of three numbers per group
+        # less the lane, and in int64 the lane becomes the load's immediate offset: 3 addresses for 8 loads.
         mirrored_a = (start - 2 * column_start + (ROW_BYTES - 3) + 2 * first_channel).to(tl.int64)
         mirrored_b = mirrored_a + tl.where(first_channel == 2, -4, 2)
         mirrored_c = mirrored_a + tl.where(first_channel == 0, 4, -2)
@@ -102,8 +109,8 @@ def _mix_normalize_kernel(
         partner_flipped = False
         if flip_ptr is not None:
             partner_flipped = tl.load(flip_ptr + partner) != 0
-        # An image whose weight is 1 has no use for its partner, one whose weight is 0 none for its own pixels in the
-        # box. Said through bounds, not `mask & (weight != 1.0)`: Triton's interpreter splats a scalar bool wrongly.
+        # An image whose weight is 1 has no use for its partner, one whose weight is 0 none for its own pixels
+        # in the box. Said through bounds, since Triton's interpreter splats a scalar `weight != 1.0` wrongly.
         if boxes_ptr is None:
             wants_partner = wants_own & (start < tl.where(weight != 1.0, IMAGE_BYTES, 0))
             wants_own = wants_own & (start < tl.where(weight != 0.0, IMAGE_BYTES, 0))
@@ -124,7 +131,7 @@ def _mix_normalize_kernel(
         if boxes_ptr is not None:
             value = tl.where(in_rows & (column >= left) & (column < right), value, own)
 
-    # Constants of channels first, first + 1, first + 2 (mod 3) of the group; lane % 3 is known to the compiler.
+    # Constants of channels first, first + 1, first + 2 (mod 3) of the group; the compiler knows lane % 3.
     is_0 = first_channel == 0
     is_1 = first_channel == 1
     scale_a = tl.where(is_0, scale_0, tl.where(is_1, scale_1, scale_2))
@@ -151,7 +158,7 @@ def launch_mix_normalize(
     values_per_program: int = VALUES_PER_PROGRAM,
     num_warps: int = NUM_WARPS,
 ) -> torch.Tensor:
-    """Run the kernel on checked arguments (see `mix_normalize`); pixel * scale + shift normalises. (N, 3, H, W)."""
+    """`mix_normalize` on checked arguments, where pixel * scale + shift normalises."""
     N, H, W, C = images_NHWC.shape
     image_bytes = H * W * C
     if image_bytes >= 2**31 - values_per_program:

@@ -74,7 +74,9 @@ def _check_flags(words: Sequence[str], command: str) -> None:
         flag, _, value = word.partition("=")
         flag = flag.replace("_", "-")
         if flag not in types:
-            raise UserError(f"there is no flag {flag}{nearest(flag, types)}: `tldist {command} RECIPE --help` lists all")
+            raise UserError(
+                f"there is no flag {flag}{nearest(flag, types)}: `tldist {command} RECIPE --help` lists all"
+            )
         if not value:
             following = words[i + 1 : i + 2]
             value = following[0] if following and not following[0].startswith("--") else ""

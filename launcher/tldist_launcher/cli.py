@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tldist.config import UserError, nearest
+from tldist.config import TrainingFailed, UserError, nearest
 
 Command = Callable[[Sequence[str]], int]
 
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tldist: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as error:
+        print(f"tldist: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("tldist: interrupted", file=sys.stderr)
         return 130
@@ -39,22 +42,8 @@ def _train(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_run
     from tldist_launcher.launch import launch
 
-    settings = parse_run(words, "train")
-    try:
-        run_dir = launch(settings)
-    except UserError:
-        raise
-    except Exception as error:
-        return _failed(error)
-    print(f"run: {run_dir}")
+    print(f"run: {launch(parse_run(words, 'train'))}")
     return 0
-
-
-def _failed(error: Exception) -> int:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    print(f"tldist: training failed: {type(error).__name__}: {lines[-1] if lines else ''}", file=sys.stderr)
-    print("tldist: the traceback is in the run directory's logs; the last checkpoint is intact", file=sys.stderr)
-    return 1
 
 
 def _plan(words: Sequence[str]) -> int:
@@ -108,9 +97,17 @@ def _flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[st
 
 COMMANDS: dict[str, tuple[Command, str, str]] = {
     "train": (_train, "train RECIPE [--section.flag VALUE ...]", "fine-tune; --config FILE repeats a run"),
-    "plan": (_plan, "plan RECIPE [--section.flag VALUE ...]", "phases, learning rates, parameters; no GPU, no data"),
+    "plan": (
+        _plan,
+        "plan RECIPE [--section.flag VALUE ...]",
+        "phases, learning rates, parameters; no GPU, no data",
+    ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
-    "data": (_data, "data fetch NAME --root DIR [--from DIR] | check ROOT", "write a data set, or look through one"),
+    "data": (
+        _data,
+        "data fetch NAME --root DIR [--from DIR] | check ROOT",
+        "write a data set, or look through one",
+    ),
     "doctor": (_doctor, "doctor", "what this machine has, and what is missing"),
 }
 

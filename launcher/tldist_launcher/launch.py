@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tldist import backbones, config, worker
-from tldist.config import RunConfig, UserError
+from tldist.config import RunConfig, TrainingFailed, UserError
 from tldist.data.index import build_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
@@ -22,19 +22,28 @@ from tldist.tracking.console import Console, follow
 
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
-    """Run to the end and return the run directory. Raises UserError, or whatever ended the training."""
+    """Run to the end and return the run directory. Raises UserError, or TrainingFailed with the reason."""
     preflight(settings)
     settings = dataclasses.replace(settings, run_dir=str(make_run_dir(settings)))
     run_dir = Path(settings.run_dir)
     config.save(settings, run_dir / "config.yaml")
+    try:
+        _start(settings, run_dir, quiet)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+        raise TrainingFailed(f"{type(error).__name__}: {reason} (traceback in {run_dir / 'logs'})") from error
+    return run_dir
+
+
+def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
     if launch_kind(settings) == "local":
-        start: Callable[[], Any] = lambda: worker.run(config.to_json(settings))  # noqa: E731
-        _watched(start, run_dir, quiet)
+        _watched(lambda: worker.run(config.to_json(settings)), run_dir, quiet)
     else:
         from tldist_launcher.ray import train_on_ray
 
         train_on_ray(settings, lambda start, stream: _watched(start, run_dir, quiet, stream))
-    return run_dir
 
 
 def launch_kind(settings: RunConfig) -> str:
@@ -81,7 +90,9 @@ def make_run_dir(settings: RunConfig) -> Path:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").touch()
     except OSError as error:
-        raise UserError(f"cannot write the run directory {run_dir}: {error.strerror}; choose another --run-dir") from error
+        raise UserError(
+            f"cannot write the run directory {run_dir}: {error.strerror}; choose another --run-dir"
+        ) from error
     return run_dir
 
 

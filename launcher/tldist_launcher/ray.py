@@ -72,7 +72,9 @@ def _check_cluster(settings: RunConfig) -> None:
 def _use_gpu() -> bool:
     import ray
 
-    return ray.cluster_resources().get("GPU", 0) > 0 and (torch.cuda.is_available() or bool(os.environ.get("RAY_ADDRESS")))
+    return ray.cluster_resources().get("GPU", 0) > 0 and (
+        torch.cuda.is_available() or bool(os.environ.get("RAY_ADDRESS"))
+    )
 
 
 def _trainer(settings: RunConfig) -> Any:

@@ -64,9 +64,7 @@ def write(run_dir: Path, shape: Shape | None = None, data_root: Path | None = No
     written = rows(shape)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     (run_dir / "summary.json").write_text(json.dumps(written[-1]))
-    (run_dir / "config.yaml").write_text(
-        yaml.safe_dump({"recipe": "insects", "data": {"root": str(data_root or "")}})
-    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump({"recipe": "insects", "data": {"root": str(data_root or "")}}))
     environment = {
         "python": "3.11.2",
         "torch": {"version": "2.11.0", "cuda": "13.0"},
@@ -85,9 +83,7 @@ def _live(shape: Shape, phase: int) -> list[str]:
 
 def _peaks(shape: Shape, phase: int) -> dict[str, float]:
     live = _live(shape, phase)
-    return {
-        stage: 1e-3 * 0.3 ** (len(STAGES) - 1 - i) if stage in live else 0.0 for i, stage in enumerate(STAGES)
-    }
+    return {stage: 1e-3 * 0.3 ** (len(STAGES) - 1 - i) if stage in live else 0.0 for i, stage in enumerate(STAGES)}
 
 
 def _trainable(shape: Shape, phase: int) -> int:
@@ -231,7 +227,5 @@ def _predictions(shape: Shape, data_root: Path) -> Row:
         (data_root / path).parent.mkdir(parents=True, exist_ok=True)
         colours = np.random.default_rng(i).integers(40, 220, (4, 6, 3), dtype=np.uint8)
         Image.fromarray(colours).resize((300, 200)).save(data_root / path)
-        samples.append(
-            {"path": str(path), "label": label, "predicted": predicted, "confidence": 0.99 - 0.03 * i}
-        )
+        samples.append({"path": str(path), "label": label, "predicted": predicted, "confidence": 0.99 - 0.03 * i})
     return {"classes": list(shape.classes), "confusion_CC": confusion, "samples": samples}

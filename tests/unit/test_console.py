@@ -70,9 +70,7 @@ def test_plain_lines_one_per_epoch_without_control_codes(monkeypatch: pytest.Mon
     text = "\n".join(lines)
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert max(map(len, lines)) <= 100
-    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [
-        f"{e}/10" for e in range(1, 11)
-    ]
+    assert [line.split()[1] for line in lines if line.startswith("epoch ")] == [f"{e}/10" for e in range(1, 11)]
     assert sum(line.startswith("phase ") for line in lines) == 3
     assert "phase 2/3  +layer4  from epoch 4  8.39 M trainable parameters" in lines
     assert "1 image skipped" in lines
@@ -146,9 +144,7 @@ def test_a_terminal_gets_a_live_line_and_permanent_ones(terminal: None) -> None:
     assert "\x1b[" in received
     seen = ESCAPE.sub("", received)
     step = max(row["step"] for row in rows[:12] if row["event"] in ("train", "eval"))
-    assert re.search(
-        rf"━ *epoch \d/10  step {step}/70  loss 0\.\d+  top-1 0\.\d+  \d+ img/s  wait \d %  val", seen
-    )
+    assert re.search(rf"━ *epoch \d/10  step {step}/70  loss 0\.\d+  top-1 0\.\d+  \d+ img/s  wait \d %  val", seen)
     assert "phase 2/3  +layer4" in seen
     assert "1 image skipped" in seen
     assert "10.5 M trainable of 11.2 M" in seen

@@ -207,9 +207,7 @@ def test_figures_mark_phases_and_group_equal_rates(tmp_path: Path) -> None:
     assert boundaries == [3.0, 6.0]
     assert rates.axes[0].get_yscale() == "log"
     assert [text.get_text() for text in rates.legends[0].get_texts()] == ["layer3", "layer4", "head"]
-    same = RunLog(
-        run=log.run, train=[row | {"lr": {"stem": 1e-3, "layer1": 1e-3, "head": 1e-2}} for row in log.train]
-    )
+    same = RunLog(run=log.run, train=[row | {"lr": {"stem": 1e-3, "layer1": 1e-3, "head": 1e-2}} for row in log.train])
     grouped = plots.learning_rates(same)
     assert grouped is not None
     assert [text.get_text() for text in grouped.legends[0].get_texts()] == ["stem to layer1", "head"]
@@ -225,17 +223,11 @@ def test_confusion_labels_up_to_thirty_classes(size: int, labels: int) -> None:
 def test_a_comparison_tables_every_run_and_marks_the_best(tmp_path: Path) -> None:
     shapes = {
         "full": Shape(strategy="full", phase_starts=(0,), best=0.9, images_per_s=180),
-        "feature_extraction <b>": Shape(
-            strategy="feature_extraction", phase_starts=(0,), best=0.8, images_per_s=420
-        ),
+        "feature_extraction <b>": Shape(strategy="feature_extraction", phase_starts=(0,), best=0.8, images_per_s=420),
         "gradual": Shape(best=0.95, images_per_s=300),
     }
-    runs = {
-        name: synthetic_run.write(tmp_path / str(i), shape) for i, (name, shape) in enumerate(shapes.items())
-    }
-    path = write_comparison(
-        runs | {"absent": tmp_path / "absent"}, tmp_path / "out", "Three <i>", "Said & done"
-    )
+    runs = {name: synthetic_run.write(tmp_path / str(i), shape) for i, (name, shape) in enumerate(shapes.items())}
+    path = write_comparison(runs | {"absent": tmp_path / "absent"}, tmp_path / "out", "Three <i>", "Said & done")
     page = Page(path)
     assert path == tmp_path / "out" / "report.html"
     assert_self_contained(page)

@@ -50,9 +50,7 @@ def find(archives: tuple[Archive, ...], folder: Path) -> list[Path]:
         raise UserError(f"--from {folder} is not a folder: give the folder that holds the archive")
     found = [_find_one(archive, folder) for archive in archives]
     if missing := [" or ".join(a.names) for a, path in zip(archives, found, strict=True) if path is None]:
-        raise UserError(
-            f"--from {folder} does not hold {', '.join(missing)}: put it there or leave --from out"
-        )
+        raise UserError(f"--from {folder} does not hold {', '.join(missing)}: put it there or leave --from out")
     return [path for path in found if path is not None]
 
 
@@ -112,7 +110,8 @@ def _check(path: Path, found: str, expected: str) -> None:
 
 def damaged(path: Path, error: Exception) -> UserError:
     """The error to raise for an archive that cannot be read."""
-    return UserError(f"{path} is damaged ({error or type(error).__name__}): download it again")
+    first_line = (str(error) or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged ({first_line}): download it again")
 
 
 def unpack(path: Path, into: Path, report: Report) -> None:
@@ -125,8 +124,10 @@ def unpack(path: Path, into: Path, report: Report) -> None:
     try:
         if zipfile.is_zipfile(path):
             _unpack_zip(path, into, report)
-        else:
+        elif tarfile.is_tarfile(path):
             _unpack_tar(path, into, report)
+        else:
+            raise UserError(f"{path} is neither a zip nor a tar archive: download it again")
     except tarfile.FilterError as error:
         raise UserError(f"{path} is refused, it writes where it should not: {error}") from error
     except _DAMAGE as error:

@@ -96,7 +96,13 @@ class DaliLoader:
     """One DALI pipeline that takes plans a few batches ahead of the consumer."""
 
     def __init__(
-        self, root: Path, spec: AugmentSpec, image_size: int, max_batch: int, threads: int, device: torch.device
+        self,
+        root: Path,
+        spec: AugmentSpec,
+        image_size: int,
+        max_batch: int,
+        threads: int,
+        device: torch.device,
     ) -> None:
         self.root, self.device = root, device
         self._names = _input_names(spec)

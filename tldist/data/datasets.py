@@ -53,7 +53,7 @@ class Dataset:
 
 
 def fetch(name: str, root: Path, source: Path | None = None, report: Report | None = None) -> Path:
-    """Write the data set `name` to the folder `root/name`, whole or not at all; one that is there is kept.
+    """Write the data set `name` to the folder `root`, whole or not at all; one that is there is kept.
 
     Args:
         name: a key of `DATASETS`.
@@ -61,37 +61,33 @@ def fetch(name: str, root: Path, source: Path | None = None, report: Report | No
         report: called with (what is going on, done, in all).
 
     Returns:
-        `root/name`, an image folder for `build_index`.
+        `root`, an image folder for `build_index`.
 
     Raises:
-        UserError: unknown name, no network, archive missing, damaged or incomplete, `root/name` holds something
-            else, `root` cannot be written.
+        UserError: unknown name, no network, archive missing, damaged or incomplete, `root` holds something
+            else or cannot be written.
     """
     if name not in DATASETS:
-        raise UserError(
-            f"unknown data set '{name}'{nearest(name, DATASETS)}: use one of {', '.join(DATASETS)}"
-        )
-    dataset, folder, report = DATASETS[name], root / name, report or _silent
-    if is_complete(name, root):
+        raise UserError(f"unknown data set '{name}'{nearest(name, DATASETS)}: use one of {', '.join(DATASETS)}")
+    dataset, folder, report = DATASETS[name], Path(os.path.abspath(root)), report or _silent  # noqa: PTH100
+    if is_complete(name, folder):
         report(f"{folder} is already there", 1, 1)
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} exists but is not {_expected(dataset, folder)}: remove it or choose another folder"
-        )
-    with _scratch(root, name) as scratch:
+        raise UserError(f"{folder} exists but is not {_expected(dataset, folder)}: remove it or choose another folder")
+    with _scratch(folder.parent, name) as scratch:
         archives = _archives(dataset, source, scratch, report)
         new = scratch / name
         dataset.write(dataset, archives, new, report)
         if not _has_all(dataset, new):
             raise UserError(f"what the archives hold is not {_expected(dataset, new)}: download them again")
-        _publish(new, folder, lambda: is_complete(name, root))
+        _publish(new, folder, lambda: is_complete(name, folder))
     return folder
 
 
 def is_complete(name: str, root: Path) -> bool:
-    """Is the data set at `root/name`, with all its images?"""
-    return _has_all(DATASETS[name], root / name)
+    """Is the data set at `root`, with all its images?"""
+    return _has_all(DATASETS[name], root)
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -104,7 +100,8 @@ def _has_all(dataset: Dataset, folder: Path) -> bool:
 
 def _expected(dataset: Dataset, folder: Path) -> str:
     found = f"{_count(folder / 'train'):,} + {_count(folder / 'val'):,}"
-    return f"{dataset.title} ({found} files in train + val, expected {dataset.num_train:,} + {dataset.num_val:,})"
+    wanted = f"{dataset.num_train:,} + {dataset.num_val:,}"
+    return f"{dataset.title} ({found} files in train + val, expected {wanted})"
 
 
 def _count(folder: Path) -> int:
@@ -180,8 +177,11 @@ def _write_digits(dataset: Dataset, archives: list[Path], out: Path, report: Rep
 
 
 def _enlarge(image_HW: np.ndarray) -> np.ndarray:
-    """8 x 8 of 0..16 to 32 x 32 of 0..255, bicubic: the block edges that `nearest` makes would be the strongest
-    edges of the picture, and edges are what a pre-trained stem looks for."""
+    """8 x 8 of 0..16 to 32 x 32 of 0..255.
+
+    Bicubic: the block edges that `nearest` makes would be the strongest edges of the picture, and edges are
+    what a pre-trained stem looks for.
+    """
     grey = Image.fromarray(np.round(image_HW * (255 / 16)).astype(np.uint8))
     return np.asarray(grey.resize((32, 32), Image.Resampling.BICUBIC))
 
@@ -197,7 +197,7 @@ def _stratified(labels_N: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def _lift(archive: Path, out: Path, splits: dict[str, str], report: Report) -> None:
-    """Unpack, and move the folders named in `splits`, at the top or one folder down, to `out` by their new names."""
+    """Unpack, and move the folders of `splits` (at the top or one folder down) to `out`, renamed."""
     unpacked = out.parent / "unpacked"
     unpack(archive, unpacked, report)
     for folder in (unpacked, *sorted(path for path in unpacked.iterdir() if path.is_dir())):
@@ -232,7 +232,7 @@ def _write_pngs(
 
 
 def _idx_array(data: bytes) -> np.ndarray:
-    """An idx file of bytes: two zeros, 8 for uint8, the number of dimensions, each as a big-endian int32, the bytes."""
+    """An idx file: two zeros, 8 for uint8, the number of dimensions, each as big-endian int32, the bytes."""
     shape = struct.unpack_from(f">{data[3]}i", data, 4)
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
@@ -256,7 +256,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _cifar10_batches(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 (N, 32, 32, 3) and labels int64 (N,) of each batch of the Python archive, by the batch's name."""
+    """uint8 (N, 32, 32, 3) images and int64 (N,) labels of each batch of the Python archive, by its name."""
     wanted = {name for names in _CIFAR10_BATCHES.values() for name in names}
     batches = {}
     try:
@@ -291,11 +291,7 @@ DATASETS: dict[str, Dataset] = {
         245,
         153,
         _write_hymenoptera,
-        (
-            Archive(
-                "https://download.pytorch.org/tutorial/hymenoptera_data.zip", also=("hymenoptera_data.tar",)
-            ),
-        ),
+        (Archive("https://download.pytorch.org/tutorial/hymenoptera_data.zip", also=("hymenoptera_data.tar",)),),
     ),
     "mnist": Dataset(
         "MNIST",
@@ -324,4 +320,4 @@ DATASETS: dict[str, Dataset] = {
     ),
     "digits": Dataset("the digits of scikit-learn", 1438, 359, _write_digits),
 }
-"""By name. The downloads fetch each archive's published form; `also` are forms that only a folder can hold."""
+"""By name. Downloads fetch each archive's published form; `also` are forms that only a folder can hold."""

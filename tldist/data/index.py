@@ -173,9 +173,7 @@ def load_index(path: Path) -> Index:
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged or not an index ({error}): delete it and build it again"
-        ) from error
+        raise UserError(f"{path} is damaged or not an index ({error}): delete it and build it again") from error
 
 
 def _split_from(data: dict[str, Any]) -> Split:
@@ -189,9 +187,7 @@ def _split_from(data: dict[str, Any]) -> Split:
 # From the files' verdicts to the index
 
 
-def _assemble(
-    root: str, classes: tuple[str, ...], listings: dict[str, _Listing], found: dict[str, Verdict]
-) -> Index:
+def _assemble(root: str, classes: tuple[str, ...], listings: dict[str, _Listing], found: dict[str, Verdict]) -> Index:
     skipped = [item for listing in listings.values() for item in listing.skipped]
     skipped += [Skipped(path, verdict) for path, verdict in found.items() if isinstance(verdict, str)]
     skipped.sort(key=lambda item: item.path)
@@ -213,17 +209,13 @@ def _split(files: list[File], found: dict[str, Verdict]) -> Split:
     )
 
 
-def _check_each_class(
-    folder: str, classes: tuple[str, ...], present: set[int], skipped: list[Skipped]
-) -> None:
+def _check_each_class(folder: str, classes: tuple[str, ...], present: set[int], skipped: list[Skipped]) -> None:
     split = Path(folder).name
     for label, name in enumerate(classes):
         if label in present or not Path(folder, name).is_dir():
             continue
         here = [item for item in skipped if item.path.startswith(f"{split}/{name}/")]
-        what = (
-            f"{len(here)} skipped, first: {here[0].path}: {here[0].reason}" if here else "the folder is empty"
-        )
+        what = f"{len(here)} skipped, first: {here[0].path}: {here[0].reason}" if here else "the folder is empty"
         raise UserError(
             f"class '{name}' in {split} has no usable image ({what}): "
             f"add images to {folder}/{name} or remove the folder"
@@ -260,9 +252,7 @@ def _choose_classes(root: str, wanted: Sequence[str]) -> tuple[str, ...]:
     for name in val:
         if name not in train:
             hint = nearest(name, train)
-            raise UserError(
-                f"{root} has class '{name}' in val, not in train{hint}: rename or remove the folder"
-            )
+            raise UserError(f"{root} has class '{name}' in val, not in train{hint}: rename or remove the folder")
     classes = tuple(name for name in train if not wanted or name in wanted)
     if len(classes) == 1:
         where = "--data.classes leaves" if wanted else f"{root}/train has"

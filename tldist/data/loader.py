@@ -58,7 +58,9 @@ def loader_kind(config: DataConfig) -> str:
     """The kind that `auto` stands for. Raises UserError where DALI is asked for and absent."""
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if config.loader == "dali" and not has_dali:
-        raise UserError("--data.loader dali, but NVIDIA DALI is not installed: install nvidia-dali-cuda130, or use auto")
+        raise UserError(
+            "--data.loader dali, but NVIDIA DALI is not installed: install nvidia-dali-cuda130, or use auto"
+        )
     if config.loader == "auto":
         return "dali" if has_dali else "torchvision"
     return config.loader

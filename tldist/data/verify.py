@@ -45,9 +45,7 @@ _CHUNK = 64  # files per task: given out one by one, two threads were no faster 
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _MODES = frozenset({"RGB", "RGBA", "L", "LA", "P", "1", "CMYK"})
-_TIFF_MODES = frozenset(
-    {"RGB", "RGBA", "L", "P", "CMYK"}
-)  # DALI refuses 1-bit TIFFs and misreads grey with alpha
+_TIFF_MODES = frozenset({"RGB", "RGBA", "L", "P", "CMYK"})  # DALI refuses 1-bit TIFFs and misreads grey with alpha
 _MAX_PIXELS = 2**28  # 0.8 GB as RGB: a 20,000 x 10,000 panorama passes, a bomb of 100,000 x 100,000 does not
 _UNREAD = "cannot be read: "  # a trouble of the moment (permissions, I/O): never remembered
 _TRUNCATED = "truncated: the end of the file is missing"
@@ -86,9 +84,7 @@ def verify(path: str) -> Verdict:
         return _unidentified(path)
     except MemoryError:
         return _UNREAD + "out of memory"
-    except (
-        Exception
-    ) as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, ValueError, IndexError...
+    except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, ValueError, IndexError...
         return _in_words(error)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +21,10 @@ class DDPEngine(SingleEngine):
 
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective under DDP; every parameter in it takes part in every step, so none is looked for."""
-        return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            # torch 2.15 prefers forward_sync_buffers, which 2.11 does not have.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def close(self) -> None:
         """Drop the reducer and its hooks with the wrapper."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tldist_kernels import mixed_cross_entropy
 from torch import Tensor
 
 from tldist.backbones import Segment
 from tldist.objectives.base import Objective, StepOutput, Targets
+from tldist_kernels import mixed_cross_entropy
 
 
 class Supervised(Objective):

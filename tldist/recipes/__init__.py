@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tldist.config import RunConfig, UserError, nearest
 from tldist.recipes.cifar10 import cifar10
+from tldist.recipes.demo import demo, demo_source
 from tldist.recipes.digits import digits
 from tldist.recipes.folder import folder
 from tldist.recipes.hymenoptera import hymenoptera
@@ -13,7 +14,7 @@ from tldist.recipes.imagenet import imagenet
 from tldist.recipes.mnist import mnist
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (folder, hymenoptera, cifar10, mnist, digits, imagenet)
+    recipe.__name__: recipe for recipe in (folder, hymenoptera, cifar10, mnist, digits, imagenet, demo, demo_source)
 }
 
 

@@ -62,9 +62,7 @@ class Console:
 
     def __enter__(self) -> Self:
         if self.is_live:
-            self._live = Live(
-                get_renderable=self._line, console=self._rich, transient=True, refresh_per_second=5
-            )
+            self._live = Live(get_renderable=self._line, console=self._rich, transient=True, refresh_per_second=5)
             self._live.start(refresh=True)
         return self
 
@@ -73,9 +71,7 @@ class Console:
     ) -> None:
         self._stop()
         if self._run and not self._ended:
-            self._say(
-                "stopped  " + GAP.join(f"{label} {value}".strip() for label, value, _ in self._fields())
-            )
+            self._say("stopped  " + GAP.join(f"{label} {value}".strip() for label, value, _ in self._fields()))
 
     def feed(self, event: dict[str, Any]) -> None:
         """Show one row; kinds and keys it does not know are passed over."""
@@ -191,9 +187,7 @@ class Console:
             self._live = None
 
 
-def follow(
-    path: Path, console: Console, alive: Callable[[], bool], poll_s: float = 0.2, offset: int = 0
-) -> bool:
+def follow(path: Path, console: Console, alive: Callable[[], bool], poll_s: float = 0.2, offset: int = 0) -> bool:
     """Feed `console` with the rows of `path` as they are written; True once an `end` row was seen.
 
     The file may not exist yet. Ends early, with whatever was written, when `alive()` turns false. `offset` is
@@ -251,10 +245,7 @@ def _of(value: int, total: int | None) -> str:
 def _fit(fields: list[Field], columns: int) -> list[Field]:
     """Leave out the least important fields until the rest fit."""
     kept = list(fields)
-    while (
-        len(kept) > 1
-        and sum(len(f"{GAP}{label} {value}") - (not label) for label, value, _ in kept) > columns
-    ):
+    while len(kept) > 1 and sum(len(f"{GAP}{label} {value}") - (not label) for label, value, _ in kept) > columns:
         kept.remove(max(kept, key=lambda field: field[2]))
     return kept
 

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "deepspeed", "ray", "wandb", "numpy", "tldist")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "triton",
+    "nvidia-dali-cuda130",
+    "deepspeed",
+    "ray",
+    "wandb",
+    "numpy",
+    "tldist",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -55,9 +55,7 @@ class RunLog:
     def series(self, rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
         """Positions and values of `key` over the rows that have it."""
         found = [(whole(row, "step"), number(row, key)) for row in rows]
-        kept = [
-            (self.position(step), value) for step, value in found if step is not None and value is not None
-        ]
+        kept = [(self.position(step), value) for step, value in found if step is not None and value is not None]
         return [x for x, _ in kept], [y for _, y in kept]
 
 

@@ -1,0 +1,206 @@
+"""Whole runs on real gloo ranks, through the same `worker.run` that Ray calls."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_ranks, write_images
+
+from tldist import backbones, config, dist, worker
+from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
+from tldist.data.augment import AugmentSpec
+from tldist.data.batches import Worker, eval_batches
+from tldist.data.index import build_index
+from tldist.data.loader import open_loader
+from tldist.engine import ENGINES, numerics
+from tldist.engine.ddp import DDPEngine
+from tldist.evaluate import evaluate
+from tldist.fit import freeze, to_input
+from tldist.objectives.base import Targets
+from tldist.objectives.supervised import Supervised
+from tldist.plan import Phase, Plan
+
+CPU = torch.device("cpu")
+
+
+def settings(photos: Path, run_dir: Path, **sections: Any) -> RunConfig:
+    """Small and exact: fp32, source statistics in BatchNorm, five steps an epoch."""
+    base = RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(weights="none"),
+        strategy=StrategyConfig(name="full"),
+        data=DataConfig(root=str(photos), batch_size=8, image_size=32, augment="basic", threads=1),
+        optim=OptimConfig(name="sgd", base_lr=5e-3),
+        train=TrainConfig(epochs=2, precision="fp32", batchnorm="eval"),
+        tracking=TrackingConfig(wandb="disabled", log_every=2),
+    )
+    return replace(base, **sections)
+
+
+def train(made: RunConfig, world: int) -> dict[str, Any]:
+    Path(made.run_dir).mkdir(parents=True)
+    if world == 1:
+        return worker.run(config.to_json(made))
+    return run_ranks(worker.run, world, config.to_json(made))[0]
+
+
+def weights(made: RunConfig, which: str = "last") -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(made.run_dir) / "checkpoints" / which / "model.safetensors")
+
+
+def rows(made: RunConfig, event: str) -> list[dict[str, Any]]:
+    lines = (Path(made.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+@pytest.mark.parametrize("name", ["full", "gradual"])
+def test_two_ranks_equal_one_process_with_the_joined_batch(photos: Path, tmp_path: Path, name: str) -> None:
+    """fp32, ten steps: every weight within 1e-5; for gradual, across a phase boundary."""
+    strategy = StrategyConfig(name=name)  # type: ignore[arg-type]
+    one, two = (settings(photos, tmp_path / str(n), strategy=strategy) for n in (1, 2))
+    alone, together = train(one, 1), train(two, 2)
+    assert (alone["engine"], together["engine"]) == ("single", "ddp")
+    start = backbones.build(one.model, 2, 32, 0).torchvision_state()
+    moved = 0.0
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(two)[key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        moved = max(moved, (value.double() - start[key].double()).abs().max().item())
+    assert moved > 1e-3  # the weights went somewhere
+    assert [r["loss"] for r in rows(two, "train")] == pytest.approx([r["loss"] for r in rows(one, "train")], abs=1e-4)
+    assert together["val_top1"] == alone["val_top1"]
+
+
+def test_gradual_unfreezing_on_two_ranks_keeps_replicas_equal(photos: Path, tmp_path: Path) -> None:
+    """All six phases, with everything on that moves: BatchNorm in train mode, AdamW, Mixup, bf16."""
+    made = settings(
+        photos,
+        tmp_path / "run",
+        strategy=StrategyConfig(name="gradual"),
+        optim=OptimConfig(name="adamw", base_lr=1e-3),
+        train=TrainConfig(epochs=6, precision="bf16"),
+    )
+    made = replace(made, data=replace(made.data, mixup=0.2, cutmix=1.0))
+    summary = train(made, 2)
+    assert summary["phases"] == 6
+    assert summary["replica_spread"] == 0.0
+    assert [r["replica_spread"] for r in rows(made, "eval")] == [0.0] * 6
+    counts = [r["trainable_params"] for r in rows(made, "phase")]
+    assert counts == sorted(counts)
+    assert counts[-1] == summary["total_params"]
+
+
+@pytest.mark.parametrize("name", ["feature_extraction", "partial"])
+def test_frozen_stages_end_bit_identical(photos: Path, tmp_path: Path, name: str) -> None:
+    """BatchNorm's buffers included, though the trainable stages' BatchNorm is in train mode."""
+    made = settings(
+        photos,
+        tmp_path / "run",
+        strategy=StrategyConfig(name=name),  # type: ignore[arg-type]
+        train=TrainConfig(epochs=2, precision="bf16"),
+    )
+    train(made, 1)
+    start, end = backbones.build(made.model, 2, 32, 0).torchvision_state(), weights(made)
+    live = ("fc.",) if name == "feature_extraction" else ("fc.", "layer4.")
+    for key, value in start.items():
+        assert torch.equal(end[key], value) == (not key.startswith(live)), key
+
+
+def _left_out_of_the_reducer() -> str:
+    """What other tools do: unfreeze under a live DDP. The new parameters get gradients that nobody averages."""
+    dist.init(CPU)
+    stages = backbones.stage_names("resnet18")
+    model = backbones.build(ModelConfig(weights="none"), 2, 32, 0)
+    head = Plan(stages, (Phase("head", 1, (("head", 1.0),)),)).phases[0]
+    both = Phase("two", 1, (("layer4", 1.0), ("head", 1.0)))
+    freeze(model, head)
+    _, network = model.cut(stages.index("layer4"))
+    network.eval()
+    objective = Supervised(network, 0.0)
+    stale = DDPEngine(objective, head, OptimConfig(), numerics("fp32", CPU)).module
+    freeze(model, both)
+
+    class Faulty(DDPEngine):
+        def wrap(self, objective: Any) -> Any:
+            return stale
+
+    engine = Faulty(objective, both, OptimConfig(), numerics("fp32", CPU))
+    generator = torch.Generator().manual_seed(dist.rank())
+    for _ in range(3):
+        engine.forward_backward(torch.randn(4, 256, 2, 2, generator=generator), Targets(torch.tensor([0, 1, 0, 1])))
+        engine.step(1.0)
+    try:
+        dist.replica_spread(model.state_dict())
+    except dist.ReplicasDiverged as error:
+        return str(error)
+    finally:
+        dist.close()
+    return "nothing was noticed"
+
+
+def test_parameters_left_out_of_the_reducer_are_caught_by_name() -> None:
+    first, second = run_ranks(_left_out_of_the_reducer, 2)
+    assert first == second
+    assert "copies of 'layer4.0.conv1.weight' differ" in first
+
+
+def _spread_of(name: str, value: float) -> float | str:
+    dist.init(CPU)
+    tensors = {"a": torch.ones(3), "flag": torch.tensor([True]), "steps": torch.tensor(4), "b": torch.ones(2, 2)}
+    if dist.rank() == 1:
+        tensors[name].view(-1)[-1] += value
+    try:
+        return dist.replica_spread(tensors)
+    except dist.ReplicasDiverged as error:
+        return str(error)
+    finally:
+        dist.close()
+
+
+def test_the_check_sees_one_bit() -> None:
+    assert run_ranks(_spread_of, 2, "b", 0.0) == [0.0, 0.0]
+    assert all("'b' differ by up to 1.19e-07" in str(s) for s in run_ranks(_spread_of, 2, "b", 1.2e-7))
+
+
+def _count_evaluated(root: str, kind: str) -> list[int]:
+    dist.init(CPU)
+    data = DataConfig(root=root, image_size=16, loader=kind, threads=1)  # type: ignore[arg-type]
+    index = build_index(root)
+    loader = open_loader(data, AugmentSpec(), 10, CPU, 1)
+    seen: list[int] = []
+
+    def counting(images: torch.Tensor) -> torch.Tensor:
+        seen.append(len(images))
+        return torch.nn.functional.one_hot(torch.arange(len(images)) % 2, 2).float()
+
+    plans = eval_batches(index.val, 16, 10, Worker(dist.rank(), dist.world_size()))
+    numbers = numerics("fp32", CPU)
+    result = evaluate(counting, loader.batches(plans), lambda x: to_input(x, torch.float32), len(index.val), numbers)
+    assert torch.equal(result.labels_N, torch.from_numpy(index.val.labels_N))
+    dist.close()
+    return [sum(seen), len(result.labels_N)]
+
+
+@pytest.fixture(scope="module")
+def val_153(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("val153")
+    write_images(root / "train", {"ants": 1, "bees": 1}, side=16)
+    write_images(root / "val", {"ants": 70, "bees": 83}, side=16)
+    return root
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_153_validation_images_count_once_each(val_153: Path, world: int) -> None:
+    kind = "dali" if world != 2 else "torchvision"
+    counts = run_ranks(_count_evaluated, world, str(val_153), kind)
+    assert sum(mine for mine, _ in counts) == 153
+    assert {whole for _, whole in counts} == {153}
+
+
+def test_every_engine_kind_is_built() -> None:
+    assert set(ENGINES) == {"single", "ddp"}

@@ -1,0 +1,117 @@
+"""DALI and torchvision show the same files the same way, in the same order, and fail alike."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tldist.config import DataConfig, UserError
+from tldist.data import loader as loaders
+from tldist.data.augment import PRESETS, AugmentSpec
+from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
+from tldist.data.index import Index, build_index
+from tldist.data.loader import Batch, DecodeError, Loader, open_loader
+
+CPU = torch.device("cpu")
+SIDE = 40
+
+
+def opened(root: Path, kind: str, spec: AugmentSpec) -> Loader:
+    config = DataConfig(root=str(root), image_size=SIDE, loader=kind, threads=2)  # type: ignore[arg-type]
+    return open_loader(config, spec, 16, CPU, 1)
+
+
+def training(index: Index, spec: AugmentSpec, epoch: int = 0) -> list[BatchPlan]:
+    return list(train_batches(index.train, spec, SIDE, 16, 0, epoch, Worker(0, 1)))
+
+
+def images(batches: list[Batch]) -> torch.Tensor:
+    return torch.cat([b.images_NHWC for b in batches]).float()
+
+
+BASIC = PRESETS["basic"]
+# Mean absolute difference of a pixel, in levels of 255. Crops and resizing agree to a rounding; colour differs
+# by definition (torchvision works in HSV and around the image's mean grey, DALI in YIQ and around mid-grey).
+TOLERANCE = {
+    "evaluation": (AugmentSpec(), 0.5),
+    "basic": (BASIC, 0.5),
+    "rotate": (replace(BASIC, rotate_deg=15), 0.8),
+    "blur": (replace(BASIC, blur_sigma=(0.1, 2.0)), 0.5),
+    "erase": (replace(BASIC, erase=1.0), 0.5),
+    "brightness": (replace(BASIC, brightness=0.2), 1.0),
+    "saturation": (replace(BASIC, saturation=0.2), 1.0),
+    "grey": (replace(BASIC, grey=1.0), 1.0),
+    "contrast": (replace(BASIC, contrast=0.2), 6.0),
+    "hue": (replace(BASIC, hue=0.1), 12.0),
+}
+
+
+@pytest.mark.parametrize("name", TOLERANCE)
+def test_dali_equals_torchvision(photos: Path, name: str) -> None:
+    spec, tolerance = TOLERANCE[name]
+    index = build_index(photos)
+    plans = training(index, spec)
+    dali, reference = (list(opened(photos, kind, spec).batches(plans)) for kind in ("dali", "torchvision"))
+    assert all(torch.equal(a.labels_N, b.labels_N) for a, b in zip(dali, reference, strict=True))
+    difference = (images(dali) - images(reference)).abs().mean(dim=(1, 2, 3))
+    assert difference.mean() < tolerance
+    # The comparison is not between two blank pictures: another epoch's views differ far more.
+    if not spec.deterministic:
+        other = images(list(opened(photos, "torchvision", spec).batches(training(index, spec, epoch=1))))
+        assert (images(dali) - other).abs().mean() > 10
+
+
+@pytest.mark.parametrize("kind", ["dali", "torchvision"])
+def test_epochs_repeat_and_partial_batches_come_through(photos: Path, kind: str) -> None:
+    index = build_index(photos)
+    loader = opened(photos, kind, BASIC)
+    first = images(list(loader.batches(training(index, BASIC))))
+    other = images(list(loader.batches(training(index, BASIC, epoch=1))))
+    again = images(list(loader.batches(training(index, BASIC))))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    evaluation = opened(photos, kind, AugmentSpec())
+    for world in (1, 2, 3):
+        sizes = [
+            [len(b.images_NHWC) for b in evaluation.batches(eval_batches(index.val, SIDE, 8, Worker(r, world)))]
+            for r in range(world)
+        ]
+        assert sum(map(sum, sizes)) == 19
+    assert list(loader.batches([])) == []
+    loader.close()
+
+
+@pytest.mark.parametrize("kind", ["dali", "torchvision"])
+def test_a_consumer_that_stops_early_leaves_nothing_behind(photos: Path, kind: str) -> None:
+    index = build_index(photos)
+    loader = opened(photos, kind, BASIC)
+    started = loader.batches(training(index, BASIC))
+    next(started)
+    started.close()  # type: ignore[attr-defined]
+    plans = training(index, BASIC, epoch=1)
+    got = [b.plan.ids_N.tolist() for b in loader.batches(plans)]
+    assert got == [p.ids_N.tolist() for p in plans]
+
+
+@pytest.mark.parametrize("kind", ["dali", "torchvision"])
+def test_a_file_that_broke_after_the_check_is_named(photos: Path, tmp_path: Path, kind: str) -> None:
+    import shutil
+
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    plans = training(build_index(root), BASIC)
+    broken = root / plans[0].paths[3]
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DecodeError, match=broken.name):
+        list(opened(root, kind, BASIC).batches(plans))
+
+
+def test_auto_takes_dali_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaders.loader_kind(DataConfig()) == "dali"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert loaders.loader_kind(DataConfig()) == "torchvision"
+    with pytest.raises(UserError, match="DALI is not installed"):
+        loaders.loader_kind(DataConfig(loader="dali"))

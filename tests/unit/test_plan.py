@@ -1,0 +1,210 @@
+"""Every strategy's phases, and what becomes of them: groups, rates, carried state."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from tldist import backbones
+from tldist.config import ModelConfig, OptimConfig, StrategyConfig, StrategyName, UserError
+from tldist.engine import numerics
+from tldist.engine.single import SingleEngine
+from tldist.fit import freeze
+from tldist.objectives.base import Targets
+from tldist.objectives.supervised import Supervised
+from tldist.optim import parameter_groups, schedule_factor
+from tldist.plan import Phase, Plan, build_plan
+
+STAGES = backbones.stage_names("resnet18")
+
+
+def plan(name: StrategyName, epochs: int = 12, **options: float) -> Plan:
+    return build_plan(StrategyConfig(name=name, **options), STAGES, epochs)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", get_args(StrategyName))
+@pytest.mark.parametrize("epochs", [2, 3, 12, 30])
+def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epochs: int) -> None:
+    made = plan(name, epochs)
+    assert made.epochs == epochs
+    for index, phase in enumerate(made.phases):
+        assert phase.epochs > 0
+        assert phase.trainable == STAGES[made.cut(index) :]
+        assert phase.multiple("head") > 0
+    assert [made.phase_at(e) for e in range(epochs)] == [
+        i for i, phase in enumerate(made.phases) for _ in range(phase.epochs)
+    ]
+
+
+def test_gradual_unfreezes_top_down_stem_included() -> None:
+    """Lecture 4.3 says top-down; its code goes the other way and forgets the stem."""
+    made = plan("gradual", 12, epochs_per_stage=2)
+    assert [phase.trainable[0] for phase in made.phases] == list(reversed(STAGES))
+    assert made.phases[0].trainable == ("head",)
+
+
+def test_gradual_with_few_epochs_stops_early() -> None:
+    assert [p.epochs for p in plan("gradual", 5, epochs_per_stage=2).phases] == [2, 3]
+
+
+def test_discriminative_decay_is_the_lectures_formula() -> None:
+    """lr_l = lr_base * decay^(L-1-l); the lecture's code also divides by L-1."""
+    (phase,) = plan("discriminative", decay=0.5).phases
+    assert [phase.multiple(s) for s in STAGES] == [0.5**5, 0.5**4, 0.5**3, 0.5**2, 0.5, 1.0]
+
+
+def test_partial_and_two_phase() -> None:
+    (phase,) = plan("partial", backbone_lr=0.1).phases
+    assert phase.multiples == (("layer4", 0.1), ("head", 1.0))
+    first, second = plan("two_phase", 30, second_phase_lr=0.01).phases
+    assert (first.epochs, second.epochs) == (20, 10)
+    assert first.trainable == ("layer4", "head")
+    assert second.multiple("head") == 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "epochs", "says"),
+    [
+        ("partial", {"trainable_stages": 9}, 3, "the model has 6 stages"),
+        ("two_phase", {}, 1, "needs at least 2 epochs"),
+    ],
+)
+def test_plans_that_cannot_be(name: StrategyName, options: dict[str, float], epochs: int, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        plan(name, epochs, **options)
+
+
+class TestSchedule:
+    def factors(self, made: Plan, **options: object) -> list[float]:
+        config = OptimConfig(**options)  # type: ignore[arg-type]
+        steps = 10
+        return [
+            schedule_factor(config, made, made.phase_at(step // steps), step, steps)
+            for step in range(made.epochs * steps)
+        ]
+
+    def test_warmup_rises_then_cosine_falls_to_its_end(self) -> None:
+        values = self.factors(plan("full", 10), warmup_epochs=1.0, final_lr=0.1)
+        assert all(a < b for a, b in pairwise(values[:10]))
+        assert all(a > b for a, b in pairwise(values[11:]))
+        assert values[0] == pytest.approx(1 / 11)
+        assert values[-1] == pytest.approx(0.1, abs=0.01)
+
+    def test_two_phase_restarts_and_gradual_does_not(self) -> None:
+        two = self.factors(plan("two_phase", 9), warmup_epochs=0)
+        assert two[60] == 1.0
+        assert two[59] < 0.01
+        gradual = self.factors(plan("gradual", 12), warmup_epochs=0)
+        assert all(a > b for a, b in pairwise(gradual))
+
+    def test_constant(self) -> None:
+        assert set(self.factors(plan("full", 3), schedule="constant", warmup_epochs=0)) == {1.0}
+
+    def test_warmup_never_takes_more_than_half_a_phase(self) -> None:
+        values = self.factors(plan("gradual", 6), warmup_epochs=5)
+        assert max(values[5:10]) > 0.5
+
+
+class TestGroups:
+    def groups(self, phase: Phase, config: OptimConfig | None = None) -> list[dict[str, object]]:
+        model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+        freeze(model, phase)
+        return parameter_groups(model.named_parameters(), phase, config or OptimConfig())
+
+    @pytest.mark.parametrize("name", get_args(StrategyName))
+    def test_every_trainable_parameter_once_and_no_frozen_one(self, name: StrategyName) -> None:
+        model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+        for phase in plan(name).phases:
+            names = [n for group in self.groups(phase) for n in group["names"]]  # type: ignore[union-attr]
+            assert sorted(names) == sorted(n for n, _ in model.named_parameters() if n.split(".")[0] in phase.trainable)
+
+    def test_no_decay_on_biases_and_norms(self) -> None:
+        for group in self.groups(plan("full").phases[0], OptimConfig(weight_decay=0.3)):
+            assert all((p.ndim > 1) == (group["weight_decay"] == 0.3) for p in group["params"])  # type: ignore[union-attr]
+
+    def test_a_parameter_outside_the_plan_is_an_error_that_names_it(self) -> None:
+        model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+        phase = plan("partial").phases[0]
+        freeze(model, phase)
+        next(model.stages["layer2"].parameters()).requires_grad_(True)
+        with pytest.raises(ValueError, match=r"layer2\.0\.conv1\.weight"):
+            parameter_groups(model.named_parameters(), phase, OptimConfig())
+
+
+def engine_for(model: backbones.StagedModel, made: Plan, index: int, config: OptimConfig) -> SingleEngine:
+    phase = made.phases[index]
+    freeze(model, phase)
+    _, network = model.cut(made.cut(index))
+    network.eval()  # no batch statistics: the two histories below must differ in nothing but the rebuild
+    return SingleEngine(Supervised(network, 0.0), phase, config, numerics("fp32", torch.device("cpu")))
+
+
+def features(model: backbones.StagedModel, boundary: int, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.cut(boundary)[0].eval()(images)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_carried_state_equals_an_optimizer_that_never_stopped(optimizer: str) -> None:
+    """Three steps on the head, three on layer4 and head: through two engines, and through one torch optimizer
+    that gets layer4 as a new group (what a single process without engines would do)."""
+    config = OptimConfig(name=optimizer, clip_norm=0.0, weight_decay=0.05)  # type: ignore[arg-type]
+    made = Plan(STAGES, (Phase("head", 1, (("head", 1.0),)), Phase("two", 1, (("layer4", 0.5), ("head", 1.0)))))
+    # In double precision: Adam divides by tiny moments, which would blow rounding up to something to argue about.
+    images, targets = torch.randn(4, 3, 32, 32).double(), Targets(torch.tensor([0, 1, 2, 0]))
+
+    model = backbones.build(ModelConfig(weights="none"), 3, 32, 0).double()
+    carried: dict[str, dict[str, torch.Tensor]] = {}
+    for index in (0, 1):
+        engine = engine_for(model, made, index, config)
+        engine.load_optimizer_state(carried)
+        for _ in range(3):
+            engine.forward_backward(features(model, made.cut(index), images), targets)
+            engine.step(1.0)
+        carried |= engine.optimizer_state()
+        engine.close()
+
+    plain = backbones.build(ModelConfig(weights="none"), 3, 32, 0).double().eval()
+    never_stopped: torch.optim.Optimizer | None = None
+    for index in (0, 1):
+        freeze(plain, made.phases[index])
+        groups = parameter_groups(plain.named_parameters(), made.phases[index], config)
+        if never_stopped is None:
+            kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+            extra = {} if optimizer == "adamw" else {"momentum": config.momentum}
+            never_stopped = kind(groups, lr=config.base_lr, **extra)
+        else:
+            for group in groups:
+                if group["stage"] == "layer4":
+                    never_stopped.add_param_group({**group, "lr": config.base_lr * 0.5})
+        for _ in range(3):
+            never_stopped.zero_grad()
+            nn.functional.cross_entropy(plain(images), targets.labels_N).backward()
+            never_stopped.step()
+
+    assert never_stopped is not None
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        if name in carried:
+            for key, value in carried[name].items():
+                torch.testing.assert_close(value, never_stopped.state[theirs][key].to(value), rtol=1e-7, atol=1e-12)
+    steps = {n.split(".")[0]: float(s["step"]) for n, s in carried.items() if "step" in s}
+    assert steps in ({"head": 6.0, "layer4": 3.0}, {})
+
+
+def test_a_frozen_parameter_owns_no_optimizer_state_and_no_gradient() -> None:
+    made = plan("partial")
+    model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+    engine = engine_for(model, made, 0, OptimConfig())
+    engine.forward_backward(features(model, made.cut(0), torch.randn(2, 3, 32, 32)), Targets(torch.tensor([0, 1])))
+    engine.step(1.0)
+    assert {name.split(".")[0] for name in engine.optimizer_state()} == {"layer4", "head"}
+    owned = {id(p) for p in engine.optimizer.state}
+    for name, parameter in model.named_parameters():
+        if name.split(".")[0] not in ("layer4", "head"):
+            assert id(parameter) not in owned
+            assert parameter.grad is None

@@ -147,9 +147,9 @@ def check_awkward_logits(device: str, backend: Backend) -> None:
     labels_N = torch.randint(0, 20, (18,), device=device)[::2]
     for logits_NC in (wide_NC[:, 3:23], torch.randn(20, 9, device=device).t(), 80 * wide_NC[:, :20]):
         leaf_NC = logits_NC.detach().requires_grad_()
-        mixed_cross_entropy(leaf_NC, labels_N, backend=backend).mean().backward()  # an expanded gradient
+        mixed_cross_entropy(leaf_NC, labels_N, backend=backend).sum().backward()  # an expanded gradient
         other_NC = logits_NC.detach().clone().requires_grad_()
-        F.cross_entropy(other_NC, labels_N).backward()
+        F.cross_entropy(other_NC, labels_N, reduction="sum").backward()
         torch.testing.assert_close(leaf_NC.grad, other_NC.grad, rtol=1e-5, atol=1e-6)
     masked_NC = torch.randn(2, 5000, device=device)
     masked_NC[:, :4500] = float("-inf")  # a first block without a finite logit

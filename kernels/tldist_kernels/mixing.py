@@ -120,7 +120,14 @@ def mix_normalize_reference(
     mixing: Mixing,
 ) -> torch.Tensor:
     """`mix_normalize` in whole-batch torch operations on any device: what the others are tested against."""
-    scale_row, shift_row = _affine_row(tuple(mean_3), tuple(std_3), 1, images_NHWC.device)
+    scale_3, shift_3 = affine_row(tuple(mean_3), tuple(std_3), 1, images_NHWC.device)
+    return mix_affine(images_NHWC, scale_3, shift_3, dtype, mixing)
+
+
+def mix_affine(
+    images_NHWC: torch.Tensor, scale_3: torch.Tensor, shift_3: torch.Tensor, dtype: torch.dtype, mixing: Mixing
+) -> torch.Tensor:
+    """The reference, given float32 tensors on the images' device: a pure function of tensors, for torch.compile."""
     flipped_NHWC = images_NHWC
     if mixing.flip_N is not None:
         flipped_NHWC = torch.where(mixing.flip_N[:, None, None, None], images_NHWC.flip(2), images_NHWC)
@@ -133,7 +140,7 @@ def mix_normalize_reference(
             mixed_NHWC = blend_NHWC
         else:
             mixed_NHWC = torch.where(_inside(mixing.boxes_N4, images_NHWC), blend_NHWC, mixed_NHWC)
-    normalized_NHWC = mixed_NHWC * scale_row + shift_row
+    normalized_NHWC = mixed_NHWC * scale_3 + shift_3
     if mixing.erase_N4 is not None:
         normalized_NHWC = normalized_NHWC.masked_fill(_inside(mixing.erase_N4, images_NHWC), 0.0)
     return normalized_NHWC.to(dtype).permute(0, 3, 1, 2)
@@ -162,7 +169,7 @@ def mix_normalize_cpu(
     """
     N, H, W, C = images_NHWC.shape
     # One scale per byte of a row, not per channel: broadcasting over an inner dimension of 3 is 2.6x slower.
-    scale_row, shift_row = _affine_row(tuple(mean_3), tuple(std_3), W, images_NHWC.device)
+    scale_row, shift_row = affine_row(tuple(mean_3), tuple(std_3), W, images_NHWC.device)
     chunk = max(1, min(N, _CPU_CHUNK_ELEMENTS // (H * W * C)))
     out_NHWC = torch.empty(N, H, W, C, dtype=dtype)
     scratch_NHWC = torch.empty(chunk, H, W, C)
@@ -226,7 +233,7 @@ class _BlendOnHost:
 
 
 @functools.lru_cache(maxsize=64)
-def _affine_row(
+def affine_row(
     mean_3: tuple[float, ...], std_3: tuple[float, ...], pixels: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`affine` as float32 tensors of 3 * pixels values; kept, as making one on a GPU waits for the host."""

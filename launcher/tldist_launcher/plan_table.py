@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +37,8 @@ def print_plan(settings: RunConfig) -> None:
         table.add_row(stage, f"{counts[stage]:,}", *rates)
     table.add_section()
     table.add_row("trainable", f"{sum(counts.values()):,}", *(f"{row['trainable_params']:,}" for row in rows))
-    console = Console()
+    # Columns stay whole in a file or a pipe, where no terminal sets a width.
+    console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     _notes(settings, console)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tldist.data.augment import AugmentSpec
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, Batch, DecodeError
+from tldist.data.loader import ERASED, IN_FLIGHT, Batch, decode_error
 
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"nvidia\.dali.*")
 
@@ -149,7 +149,7 @@ class DaliLoader:
             return None
         except RuntimeError as error:
             # DALI neither names the file nor goes on with the rest of the batch.
-            raise DecodeError(self.root, self._taken[0].paths, error) from error
+            raise decode_error(self.root, self._taken[0].paths, error) from error
         return torch.from_dlpack(images.as_tensor())
 
     def close(self) -> None:

@@ -46,12 +46,13 @@ class Loader(Protocol):
 class DecodeError(RuntimeError):
     """Files that the index had accepted cannot be read any more."""
 
-    def __init__(self, root: Path, paths: Iterable[str], reason: object) -> None:
-        names = ", ".join(paths)
-        super().__init__(
-            f"cannot decode one of {names} under {root}: {' '.join(str(reason).split())[:300]}; if files changed "
-            "since the run started, start it again so that they are checked"
-        )
+
+def decode_error(root: Path, paths: Iterable[str], reason: object) -> DecodeError:
+    """The error for a batch, or one image, that could not be decoded."""
+    return DecodeError(
+        f"cannot decode one of {', '.join(paths)} under {root}: {' '.join(str(reason).split())[:300]}; if files changed "
+        "since the run started, start it again so that they are checked"
+    )
 
 
 def loader_kind(config: DataConfig) -> str:

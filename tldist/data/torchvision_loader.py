@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from tldist.data.augment import AugmentSpec, Views
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, Batch, DecodeError
+from tldist.data.loader import ERASED, IN_FLIGHT, Batch, decode_error
 
 
 class TorchvisionLoader:
@@ -58,7 +58,7 @@ class TorchvisionLoader:
             try:
                 task.result()
             except (RuntimeError, OSError, ValueError) as error:
-                raise DecodeError(self.root, [path], error) from error
+                raise decode_error(self.root, [path], error) from error
 
     def close(self) -> None:
         """Stop the threads."""

@@ -1,0 +1,34 @@
+# Every target sets up .venv itself, on a machine that has only python3 (3.11 or newer), pip and make.
+PYTHON ?= python3
+export PYTHON
+# With this set, as some sandboxes have it, each process compiles torch and Ray anew: 2x slower imports.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help env demo test lint clean
+
+help:
+	@echo "make env    install everything into .venv"
+	@echo "make demo   every strategy on digits, in minutes, offline"
+	@echo "make test   the tests"
+	@echo "make lint   ruff and pyright"
+	@echo "make clean  remove .venv and caches; runs/ stays"
+
+env: .venv/.installed
+
+.venv/.installed: requirements.lock pyproject.toml
+	@.ci/install
+
+demo: env
+	.venv/bin/tldist demo
+
+test: env
+	.venv/bin/python -m pytest -q
+
+lint: env
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""The whole command through Ray, as a user runs it: two workers on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tldist_launcher.cli import main
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two workers need two cores"),
+]
+
+
+def arguments(photos: Path, run_dir: Path) -> list[str]:
+    words = """train folder --model.weights none --strategy.name gradual --data.image-size 32 --data.batch-size 8
+        --train.epochs 2 --launch.workers 2 --tracking.wandb offline --tracking.log-every 2"""
+    return [*words.split(), "--data.root", str(photos), "--run-dir", str(run_dir)]
+
+
+def test_two_workers_on_ray(photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "run"
+    assert main(arguments(photos, run_dir)) == 0
+    output = capfd.readouterr()
+    lines = output.out.splitlines()
+    assert lines[-1] == f"run: {run_dir}"
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert not any(word in output.out + output.err for word in ("ray::", "raylet", "Traceback", "WARNING", "\x1b["))
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["engine"], summary["world_size"], summary["replica_spread"]) == ("ddp", 2, 0.0)
+    assert summary["val_images"] == 19
+    assert summary["wandb_run_id"]
+    assert (run_dir / "checkpoints" / "best" / "model.safetensors").exists()
+    assert (run_dir / "report.html").exists()
+    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_a_workers_failure_is_told_in_a_sentence(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A file that breaks behind the index's back (same size and time): exit code 1, the file named, no traceback."""
+    root, run_dir = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, root)
+    assert main(["data", "check", str(root)]) == 0
+    for path in (root / "train" / "ants").iterdir():
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert main(arguments(root, run_dir)) == 1
+    error = capfd.readouterr().err
+    assert "cannot decode one of" in error
+    assert "train/ants/" in error
+    assert error.count("\n") <= 2
+    assert "DecodeError" in (run_dir / "logs" / "rank0.log").read_text()

@@ -1,0 +1,200 @@
+"""The command line: every mistake is one clear sentence and exit code 2; nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torchvision
+
+from tldist import config
+from tldist.config import RunConfig, UserError
+from tldist_launcher.arguments import flag_types, parse_run
+from tldist_launcher.cli import main
+
+# The contract: scripts in the field rely on these names.
+FLAGS = """--strategy.name --engine.kind --launch.workers --model.name --model.weights --data.root --data.batch-size
+--data.augment --data.mixup --data.cutmix --train.epochs --train.precision --tracking.wandb --seed --run-dir"""
+
+QUICK = [
+    "--model.weights", "none", "--strategy.name", "full", "--data.image-size", "32", "--data.batch-size", "8",
+    "--train.epochs", "1", "--tracking.wandb", "disabled",
+]  # fmt: skip
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failing command prints: exit code 2, one sentence on stderr, no traceback."""
+    assert main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.err.startswith("tldist: ")
+    assert output.err.count("\n") == 1
+    assert "Traceback" not in output.err + output.out
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "no command 'trian' (did you mean 'train'?)"),
+        (["train"], "name a recipe"),
+        (["train", "hymenopter"], "no recipe 'hymenopter' (did you mean 'hymenoptera'?)"),
+        (["train", "folder", "--strategy.name", "gradul"], "'gradul' is not known (did you mean 'gradual'?)"),
+        (["train", "folder", "--strategy.name=nonsense"], "choose from scratch, feature_extraction"),
+        (["train", "folder", "--data.batchsize", "3"], "no flag --data.batchsize (did you mean '--data.batch-size'?)"),
+        (["train", "folder", "--train.epochs", "many"], "--train.epochs 'many' is not a whole number"),
+        (["train", "folder", "--optim.base-lr", "fast"], "--optim.base-lr 'fast' is not a number"),
+        (["train", "folder", "--train.epochs"], "--train.epochs needs a value"),
+        (["train", "folder", "--train.epochs", "0"], "--train.epochs is 0: give a value above 0"),
+        (["train", "folder", "--data.mixup", "-1"], "--data.mixup is -1.0: give 0 or more"),
+        (["train", "folder", "--optim.base-lr", "nan"], "--optim.base-lr is nan"),
+        (["train", "folder", "--model.name", "resnet19"], "(did you mean 'resnet18'?)"),
+        (["train", "folder", "--train.precision", "fp8"], "choose from bf16, fp16, fp32"),
+        (["train", "folder"], "--data.root is missing"),
+        (["train", "folder", "--data.root", "/no/such/folder"], "does not exist"),
+        (["train", "folder", "--data.batch-size", "7", "--launch.workers", "2"], "use a multiple of 2"),
+        (["train", "folder", "--engine.kind", "single", "--launch.workers", "2"], "single runs one worker"),
+        (["train", "folder", "--launch.kind", "local", "--launch.workers", "2"], "local runs one worker"),
+        (["train", "--config", "/no/such.yaml"], "cannot read the config file"),
+        (["plan", "folder", "--strategy.name", "partial", "--strategy.trainable-stages", "9"], "has 6 stages"),
+        (["data"], "needs a command"),
+        (["data", "chek", "x"], "did you mean 'check'?"),
+        (["data", "fetch", "minst", "--root", "x"], "no data set 'minst' (did you mean 'mnist'?)"),
+        (["data", "fetch", "digits"], "say where to write"),
+        (["data", "fetch", "digits", "--roto", "x"], "no flag --roto (did you mean '--root'?)"),
+        (["data", "check", "/no/such/folder"], "does not exist"),
+        (["doctor", "--now"], "no flag --now"),
+    ],
+)
+def test_mistakes(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert says in said(arguments, capsys)
+
+
+def test_more_workers_than_the_machine_has(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cores = len(os.sched_getaffinity(0))
+    arguments = ["--launch.workers", str(cores + 1), "--data.batch-size", str(8 * (cores + 1))]
+    assert f"this machine has {cores}" in said(["train", "folder", "--data.root", str(photos), *arguments], capsys)
+
+
+def test_fp16_without_a_gpu(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    message = said(["train", "folder", "--data.root", str(photos), "--train.precision", "fp16"], capsys)
+    assert "fp16 needs a GPU" in message
+
+
+def test_data_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    (root / "val" / "ant").mkdir()
+    shutil.copy(next((root / "val" / "ants").iterdir()), root / "val" / "ant" / "x.jpg")
+    message = said(["train", "folder", "--data.root", str(root)], capsys)
+    assert "'ant'" in message
+    assert "did you mean 'ants'?" in message
+    shutil.rmtree(root / "val" / "ant")
+    (root / "train" / "wasps").mkdir()
+    assert "'wasps'" in said(["train", "folder", "--data.root", str(root)], capsys)
+
+
+def test_batch_larger_than_the_data(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = said(["train", "folder", *QUICK, "--data.root", str(photos), "--data.batch-size", "64"], capsys)
+    assert "more than the 40 training images" in message
+
+
+def test_weights_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "resnet50.safetensors"
+    safetensors.torch.save_file(torchvision.models.resnet50(weights=None).state_dict(), other)
+    base = ["train", "folder", "--data.root", str(photos), "--run-dir", str(tmp_path / "run")]
+    assert "are not resnet18's" in said([*base, "--model.weights", str(other)], capsys)
+    assert "no weights file" in said([*base, "--model.weights", str(tmp_path / "none.safetensors")], capsys)
+    assert not (tmp_path / "run").exists()  # nothing half-made
+
+
+def test_run_directories(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full run, its repetition from its config, and two directories that cannot be used."""
+    run_dir = tmp_path / "run"
+    assert main(["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"run: {run_dir}"
+    metrics = (run_dir / "metrics.jsonl").read_bytes()
+    taken = said(["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)], capsys)
+    assert "already holds a run" in taken
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    again = tmp_path / "again"
+    assert main(["train", "--config", str(run_dir / "config.yaml"), "--run-dir", str(again)]) == 0
+    first, second = (json.loads((d / "summary.json").read_text()) for d in (run_dir, again))
+    assert first["val_top1"] == second["val_top1"]
+    assert config.load(again / "config.yaml").data == config.load(run_dir / "config.yaml").data
+    (tmp_path / "file").touch()
+    blocked = said(
+        ["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(tmp_path / "file/x")], capsys
+    )
+    assert "cannot write the run directory" in blocked
+
+
+def test_bad_config_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    for text, says in [
+        ("data: {mixupp: 1}", "unknown key 'data.mixupp' (did you mean 'data.mixup'?)"),
+        ("train: {epochs: lots}", "train.epochs"),
+        ("- 1", "is not a config file"),
+        ("a: [", "is not YAML"),
+    ]:
+        path.write_text(text)
+        assert says in said(["train", "folder", "--config", str(path)], capsys)
+
+
+def test_the_contract_of_flags() -> None:
+    assert set(FLAGS.split()) <= set(flag_types())
+
+
+def test_a_config_stands_over_the_recipe_and_flags_over_both(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {epochs: 3}\noptim: {base_lr: 0.5}\nrun_dir: old\n")
+    made = parse_run(["hymenoptera", "--config", str(path), "--train.epochs", "4"], "train")
+    assert (made.train.epochs, made.optim.base_lr, made.recipe, made.run_dir) == (4, 0.5, "hymenoptera", "")
+    assert parse_run(["demo", "--data.classes", "1", "2"], "plan").data.classes == ("1", "2")
+    assert parse_run(["folder", "--data.batch_size=64"], "plan").data.batch_size == 64
+
+
+def test_config_round_trips(tmp_path: Path) -> None:
+    made = RunConfig(seed=7)
+    assert config.from_json(config.to_json(made)) == made
+    config.save(made, tmp_path / "c.yaml")
+    assert config.load(tmp_path / "c.yaml") == made
+    with pytest.raises(UserError, match="cannot read"):
+        config.load(tmp_path)
+
+
+@pytest.mark.parametrize("strategy", ["gradual", "two_phase", "discriminative", "feature_extraction"])
+def test_plan_prints_phases_without_data(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "hymenoptera", "--strategy.name", strategy, "--model.name", "resnet50"]) == 0
+    text = capsys.readouterr().out
+    assert "layer4" in text
+    assert {"feature_extraction": "2,049,000"}.get(strategy, "25,557,032") in text
+    assert ("frozen" in text) == (strategy != "discriminative")
+
+
+def test_data_check_lists_what_is_skipped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    whole = next((root / "train" / "ants").iterdir())
+    (root / "train" / "ants" / "cut.jpg").write_bytes(whole.read_bytes()[:500])
+    (root / "train" / "bees" / "note.txt").write_text("hello")
+    assert main(["data", "check", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "train: 40 images" in text
+    assert "skipped: 2" in text
+    assert "train/ants/cut.jpg: truncated" in text
+    assert "train/bees/note.txt" in text
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"tldist {name}" in text for name in ("train", "plan", "demo", "data", "doctor"))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "hymenoptera", "--help"])
+    assert stop.value.code == 0
+    assert "--data.batch-size" in capsys.readouterr().out

@@ -1,22 +1,15 @@
-"""`tldist doctor`: what this machine has, what is missing, and what that costs.
-
-torch and DALI are imported in child processes, side by side: a driver that crashes or hangs them costs a row, not
-the doctor. Everything else is read from package metadata, the file system and the environment.
-"""
+"""`tldist doctor`: what this machine has, what is missing, and what that costs."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,22 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 from tldist.tracking import wandb as tracking
+from tldist_launcher.machine import GIB, Machine, brief, command, cores, cpu_quota, examine, memory_gib, read
 
-Facts = dict[str, Any]
-"""What a child process reported; only the key `error` where it failed."""
 State = Literal["ok", "missing", "note"]
 
-GIB = 2**30
-CHILD_TIMEOUT_S = 60
-COMMAND_TIMEOUT_S = 5
 PLAIN_COLUMNS = 120
 NEEDED_PYTHON = (3, 11)
 OPTIONAL_PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "ray", "wandb")
 JPEG_HARDWARE = {"A30", "A100", "H100", "H200", "GH200", "B100", "B200", "GB200", "B300", "GB300"}
 """GPUs with an NVJPG engine that DALI's mixed decoder uses (nvJPEG documentation, "Hardware accelerated decode")."""
-
-_TORCH_CHILD = "import json; from tldist_launcher.doctor import torch_facts; print(json.dumps(torch_facts()))"
-_DALI_CHILD = "import json, nvidia.dali; print(json.dumps({'version': nvidia.dali.__version__}))"
 
 
 @dataclass(frozen=True)
@@ -56,20 +42,6 @@ class Row:
     """What a missing thing costs and how to mend it; empty only where the state is ok."""
     fatal: bool = False
     """tldist cannot train at all."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the slow probes found."""
-
-    torch: Facts
-    dali: Facts
-    nvidia_smi: str
-
-    @property
-    def gpus(self) -> list[Facts]:
-        """name, memory_gib and bf16 of each GPU that torch sees."""
-        return self.torch.get("gpus", [])
 
 
 Probe = Callable[[Machine], Row]
@@ -97,88 +69,11 @@ def print_doctor(rows: Sequence[Row], console: rich.console.Console | None = Non
     console.print(Text(verdict, "bold red" if fatal else "bold green"))
 
 
-def examine() -> Machine:
-    """Run the slow probes at once; about as long as importing torch and torchvision."""
-    with ThreadPoolExecutor(3) as pool:
-        torch, dali = pool.submit(_child, _TORCH_CHILD), pool.submit(_child, _DALI_CHILD)
-        query = ("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
-        smi = pool.submit(_command, *query)
-        return Machine(torch.result(), dali.result(), smi.result())
-
-
-def torch_facts() -> Facts:
-    """What torch says of itself and its devices; called in a child process."""
-    import torch
-    from torch.cuda import nccl
-
-    count = torch.cuda.device_count()
-    properties = [torch.cuda.get_device_properties(i) for i in range(count)]
-    return {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "gpus": [
-            {"name": p.name, "memory_gib": round(p.total_memory / GIB, 1), "bf16": (p.major, p.minor) >= (8, 0)}
-            for p in properties
-        ],
-        "nccl": _attempt(lambda: ".".join(map(str, nccl.version()))),
-        "gloo": _attempt(torch.distributed.is_gloo_available) is True,
-        "hub": _attempt(torch.hub.get_dir),
-        "torchvision": _attempt(_import_torchvision) or "",
-    }
-
-
-def _import_torchvision() -> str:
-    """Its version; raises where it was built for another torch, which its version alone does not show."""
-    import torchvision
-
-    return torchvision.__version__
-
-
-def _attempt(call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception:
-        return None
-
-
-def _child(code: str) -> Facts:
-    """The JSON that `code` prints last, run by this Python with this process's import path."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=CHILD_TIMEOUT_S,
-            env=environment,
-            check=False,
-        )
-        if done.returncode == 0:
-            return json.loads(done.stdout.strip().splitlines()[-1])
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return {"error": f"exit code {done.returncode}: {last[:200]}"}
-    except Exception as error:
-        return {"error": _brief(error)}
-
-
-def _command(*words: str) -> str:
-    """What a command prints; empty where it is absent, fails or hangs."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-
-
 def _guarded(name: str, probe: Probe, machine: Machine) -> Row:
     try:
         return probe(machine)
     except Exception as error:
-        return Row(name, "note", f"the probe failed: {_brief(error)}", "unknown; this row tells nothing")
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return Row(name, "note", f"the probe failed: {brief(error)}", "unknown; this row tells nothing")
 
 
 def _version(package: str) -> str | None:
@@ -218,7 +113,7 @@ def torch_row(machine: Machine) -> Row:
     return Row("torch", "ok", f"{facts['version']}, {_cuda_build(facts)}")
 
 
-def _cuda_build(facts: Facts) -> str:
+def _cuda_build(facts: dict[str, Any]) -> str:
     return f"built for CUDA {facts['cuda']}" if facts.get("cuda") else "built without CUDA"
 
 
@@ -239,7 +134,7 @@ def gpu_row(machine: Machine) -> Row:
         kinds = [f"{gpu['name']} ({gpu['memory_gib']} GiB)" for gpu in machine.gpus]
         found = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
         return Row("GPUs", "ok", found + (f", driver {driver}" if driver else ""))
-    cpu = f"training runs on {_cores()} cores"
+    cpu = f"training runs on {cores()} cores"
     if machine.nvidia_smi:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         found = f"{len(machine.nvidia_smi.splitlines())} with driver {driver}, none that torch can use"
@@ -255,7 +150,7 @@ def bf16_row(machine: Machine) -> Row:
         if not old:
             return Row("bf16", "ok", "in hardware on every GPU")
         return Row("bf16", "note", f"not on {', '.join(old)}", "bf16 is emulated there: use --train.precision fp16")
-    flags = set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", _read("/proc/cpuinfo")))
+    flags = set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", read("/proc/cpuinfo")))
     if flags:
         return Row("bf16", "ok", f"in hardware on the CPU ({', '.join(sorted(flags))})")
     return Row("bf16", "note", "not on this CPU", "bf16 is emulated and slow here: use --train.precision fp32")
@@ -279,40 +174,12 @@ def gloo_row(machine: Machine) -> Row:
 
 def cores_row(machine: Machine) -> Row:
     """Cores and memory this process may use."""
-    cores, quota = _cores(), _cpu_quota()
-    found = f"{cores} cores, {_memory_gib():.0f} GiB"
-    if quota is not None and quota < cores:
+    count, quota = cores(), cpu_quota()
+    found = f"{count} cores, {memory_gib():.0f} GiB"
+    if quota is not None and quota < count:
         cost = f"loaders would start more threads than run: set --data.threads {max(int(quota), 1)}"
         return Row("cores and memory", "note", f"{found}, of which the container gets {quota:g} cores", cost)
     return Row("cores and memory", "ok", found)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_quota() -> float | None:
-    """Cores the control group (version 2) grants; None without a limit."""
-    match _read("/sys/fs/cgroup/cpu.max").split():
-        case [quota, period] if quota != "max":
-            return int(quota) / int(period)
-    return None
-
-
-def _memory_gib() -> float:
-    """Physical memory, or the control group's limit where that is lower."""
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = (_read(f"/sys/fs/cgroup/{file}").strip() for file in ("memory.max", "memory/memory.limit_in_bytes"))
-    return min([physical, *(int(limit) for limit in limits if limit.isdigit())]) / GIB
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def shared_memory_row(machine: Machine) -> Row:
@@ -381,7 +248,7 @@ def slurm_row(machine: Machine) -> Row:
     job = os.environ.get("SLURM_JOB_ID")
     inside = f"inside job {job}" if job else "outside a job"
     if shutil.which("sbatch"):
-        return Row("Slurm", "ok", f"{_command('sbatch', '--version') or 'sbatch without an answer'}, {inside}")
+        return Row("Slurm", "ok", f"{command('sbatch', '--version') or 'sbatch without an answer'}, {inside}")
     cost = "no jobs can be submitted from here; training on this machine is unaffected"
     return Row("Slurm", "missing", f"no sbatch on the PATH, {inside}", cost)
 

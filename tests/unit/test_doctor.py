@@ -18,7 +18,9 @@ import pytest
 import rich.console
 
 from tldist_launcher import doctor
-from tldist_launcher.doctor import Machine, Row, doctor_rows, print_doctor
+from tldist_launcher import machine as machine_module
+from tldist_launcher.doctor import Row, doctor_rows, print_doctor
+from tldist_launcher.machine import Machine
 
 TORCH = {"version": "2.11.0", "cuda": "13.0", "gpus": [], "nccl": "2.30.7", "gloo": True, "torchvision": "0.26.0"}
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.2, "bf16": True}
@@ -104,17 +106,17 @@ def test_every_probe_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_children_and_commands_that_crash_hang_or_are_absent_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CHILD_TIMEOUT_S", 1)
-    monkeypatch.setattr(doctor, "COMMAND_TIMEOUT_S", 1)
-    assert "exit code -11" in doctor._child("import os; os.kill(os.getpid(), 11)")["error"]
-    assert doctor._child("import no_such_package")["error"].endswith("No module named 'no_such_package'")
-    assert "TimeoutExpired" in doctor._child("import time; time.sleep(9)")["error"]
-    assert "error" in doctor._child("print('not JSON')")
-    assert doctor._child("print('a warning'); print('{}')") == {}
-    assert doctor._command(sys.executable, "-c", "import time; time.sleep(9)") == ""
-    assert doctor._command("no-such-command") == ""
+    monkeypatch.setattr(machine_module, "CHILD_TIMEOUT_S", 1)
+    monkeypatch.setattr(machine_module, "COMMAND_TIMEOUT_S", 1)
+    assert "exit code -11" in machine_module.child("import os; os.kill(os.getpid(), 11)")["error"]
+    assert machine_module.child("import no_such_package")["error"].endswith("No module named 'no_such_package'")
+    assert "TimeoutExpired" in machine_module.child("import time; time.sleep(9)")["error"]
+    assert "error" in machine_module.child("print('not JSON')")
+    assert machine_module.child("print('a warning'); print('{}')") == {}
+    assert machine_module.command(sys.executable, "-c", "import time; time.sleep(9)") == ""
+    assert machine_module.command("no-such-command") == ""
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    assert "error" in doctor._child("print('{}')")
+    assert "error" in machine_module.child("print('{}')")
 
 
 def test_an_empty_path_and_no_python_do_not_stop_the_examination(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +163,8 @@ def test_small_disks_and_small_shared_memory_are_noted(monkeypatch: pytest.Monke
 
 def test_a_container_with_fewer_cores_than_it_shows_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"/sys/fs/cgroup/cpu.max": "150000 100000\n", "/sys/fs/cgroup/memory.max": f"{2**30}\n"}
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(doctor, "_cores", lambda: 8)
+    monkeypatch.setattr(machine_module, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(doctor, "cores", lambda: 8)
     found = row("cores and memory", doctor_rows(machine()))
     assert (found.state, found.found) == ("note", "8 cores, 1 GiB, of which the container gets 1.5 cores")
     assert found.cost.endswith("--data.threads 1")

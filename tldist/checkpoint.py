@@ -1,4 +1,4 @@
-"""What a run leaves on disk: weights under torchvision's names, optimizer state by parameter name, and where it stood."""
+"""What a run leaves on disk: weights under torchvision's names, optimizer state by name, and where it stood."""
 
 from __future__ import annotations
 

@@ -184,8 +184,17 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Batch) -> None:
 
 def to_input(images_NHWC: Tensor, dtype: torch.dtype, mix: Mix | None = None) -> Tensor:
     """uint8 NHWC -> the network's input: normalised, mixed, channels_last NCHW in `dtype`."""
-    mixing = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4} if mix is not None else {}
-    return mix_normalize(images_NHWC, IMAGE_MEAN, IMAGE_STD, dtype, **mixing)
+    if mix is None:
+        return mix_normalize(images_NHWC, IMAGE_MEAN, IMAGE_STD, dtype)
+    return mix_normalize(
+        images_NHWC,
+        IMAGE_MEAN,
+        IMAGE_STD,
+        dtype,
+        partner_N=mix.partner_N,
+        weight_N=mix.weight_N,
+        boxes_N4=mix.boxes_N4,
+    )
 
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:

@@ -1,4 +1,4 @@
-"""One worker's run: builds the parts in order, fits, closes. Ray, torchrun and a plain process call the same function."""
+"""One worker's run: builds the parts in order, fits, closes. Ray, torchrun and a plain process call the same `run`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     lines = "\n".join(f"  tldist {usage:<52} {text}" for _, usage, text in COMMANDS.values())
-    return f"Transfer learning on images, at full speed and right.\n\n{lines}\n\nAdd --help to train or plan for all flags."
+    title, more = "Transfer learning on images, at full speed and right.", "Add --help to train or plan for all flags."
+    return f"{title}\n\n{lines}\n\n{more}"
 
 
 def _train(words: Sequence[str]) -> int:

@@ -46,8 +46,8 @@ def print_plan(settings: RunConfig) -> None:
 def _notes(settings: RunConfig, console: Console) -> None:
     optim = settings.optim
     console.print(
-        f"Peak learning rates of {optim.name}; {optim.schedule} schedule, warm-up of {optim.warmup_epochs:g} epochs at "
-        f"each phase's start. The head is counted for {CLASSES_SHOWN} classes. Frozen stages before the first trainable "
-        "one run folded, in eval mode, without autograd, outside the engine.",
+        f"Peak learning rates of {optim.name}; {optim.schedule} schedule, warm-up of {optim.warmup_epochs:g} epochs "
+        f"at each phase's start. The head is counted for {CLASSES_SHOWN} classes. Frozen stages before the first "
+        "trainable one run folded, in eval mode, without autograd, outside the engine.",
         soft_wrap=True,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy import stats
-from tldist_kernels import mix_normalize, mixed_cross_entropy
 
 from tldist.config import DataConfig
 from tldist.data.mixing import Mix, draw_mix, mixed_targets, step_generator
+from tldist_kernels import mix_normalize, mixed_cross_entropy
 
 CPU = torch.device("cpu")
 
@@ -68,8 +68,15 @@ def test_cutmix_against_a_plain_loop(n: int) -> None:
     for step in range(20):
         mix = draw(step, n=n, cutmix=1.0)
         images = torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8)
-        arguments = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4}
-        ours = mix_normalize(images, (0, 0, 0), (1, 1, 1), torch.float32, **arguments)
+        ours = mix_normalize(
+            images,
+            (0, 0, 0),
+            (1, 1, 1),
+            torch.float32,
+            partner_N=mix.partner_N,
+            weight_N=mix.weight_N,
+            boxes_N4=mix.boxes_N4,
+        )
         for i in range(n):
             top, left, bottom, right = mix.boxes_N4[i].tolist()
             expected = images[i].clone()

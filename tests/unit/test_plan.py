@@ -174,9 +174,10 @@ def test_carried_state_equals_an_optimizer_that_never_stopped(optimizer: str) ->
         freeze(plain, made.phases[index])
         groups = parameter_groups(plain.named_parameters(), made.phases[index], config)
         if never_stopped is None:
-            kind = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
-            extra = {} if optimizer == "adamw" else {"momentum": config.momentum}
-            never_stopped = kind(groups, lr=config.base_lr, **extra)
+            if optimizer == "adamw":
+                never_stopped = torch.optim.AdamW(groups, lr=config.base_lr)
+            else:
+                never_stopped = torch.optim.SGD(groups, lr=config.base_lr, momentum=config.momentum)
         else:
             for group in groups:
                 if group["stage"] == "layer4":

@@ -15,12 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali import fn as _fn
+from nvidia.dali import types as _types
+from nvidia.dali.pipeline import pipeline_def
 from torch import Tensor
 
 from tldist.data.augment import AugmentSpec
 from tldist.data.batches import BatchPlan
 from tldist.data.loader import ERASED, IN_FLIGHT, Batch, decode_error
+
+fn: Any = _fn  # its stubs allow no tensors as arguments, which is the point of this pipeline
+types: Any = _types
 
 warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"nvidia\.dali.*")
 

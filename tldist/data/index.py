@@ -34,9 +34,9 @@ class Split:
 
     paths: tuple[str, ...]
     """Relative to the root, with forward slashes, sorted."""
-    labels_N: np.ndarray  # noqa: N815 - the shape is part of the name
+    labels_N: np.ndarray
     """int64: position of each image's class in `Index.classes`."""
-    sizes_N2: np.ndarray  # noqa: N815
+    sizes_N2: np.ndarray
     """int32 (height, width) in pixels, after the EXIF orientation is applied."""
 
     def __post_init__(self) -> None:

@@ -50,8 +50,8 @@ class DecodeError(RuntimeError):
 def decode_error(root: Path, paths: Iterable[str], reason: object) -> DecodeError:
     """The error for a batch, or one image, that could not be decoded."""
     return DecodeError(
-        f"cannot decode one of {', '.join(paths)} under {root}: {' '.join(str(reason).split())[:300]}; if files changed "
-        "since the run started, start it again so that they are checked"
+        f"cannot decode one of {', '.join(paths)} under {root}: {' '.join(str(reason).split())[:300]}; if files "
+        "changed since the run started, start it again so that they are checked"
     )
 
 

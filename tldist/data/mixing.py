@@ -18,7 +18,7 @@ from tldist.objectives.base import Targets
 
 @dataclass(frozen=True)
 class Mix:
-    """Inside boxes_N4 (top, left, bottom, right) image i becomes weight_N[i] of itself plus the rest of partner_N[i]."""
+    """Inside boxes_N4 (top, left, bottom, right) image i is weight_N[i] of itself plus the rest of partner_N[i]."""
 
     partner_N: Tensor
     weight_N: Tensor
@@ -59,7 +59,8 @@ def _beta(alpha: float, generator: torch.Generator) -> Tensor:
     """One draw of Beta(alpha, alpha); 1 when alpha is 0. torch.distributions cannot take a generator, its op can."""
     if not alpha:
         return torch.ones((), device=generator.device)
-    return torch._sample_dirichlet(torch.full((2,), alpha, device=generator.device), generator=generator)[0]
+    both = torch.full((2,), alpha, device=generator.device)
+    return torch._sample_dirichlet(both, generator=generator)[0]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _cut_box(lam: Tensor, size: int, generator: torch.Generator) -> Tensor:

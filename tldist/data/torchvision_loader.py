@@ -81,10 +81,11 @@ def read_rgb(path: Path) -> Tensor:
 
 def show(image_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
     """One image as its view says: uint8 (3, size, size)."""
-    (box,), (resize,) = view.box_N4.tolist(), view.resize_N2.tolist()
-    image = v2.resized_crop(image_CHW, *box, size=resize, antialias=True)
+    top, left, height, width = view.box_N4[0].tolist()
+    image = v2.resized_crop(image_CHW, top, left, height, width, size=view.resize_N2[0].tolist(), antialias=True)
     if spec.crop_area is None:
-        image = v2.crop(image, *view.crop_N2[0].tolist(), size, size)
+        top, left = view.crop_N2[0].tolist()
+        image = v2.crop(image, top, left, size, size)
     if view.flip_N[0]:
         image = v2.horizontal_flip(image)
     if spec.rotate_deg:

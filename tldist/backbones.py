@@ -230,7 +230,7 @@ def _load_backbone(net: nn.Module, config: ModelConfig, image_size: int) -> None
 def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     """A state dict under torchvision's names, from a file or from torchvision (downloaded once, hash checked)."""
     path = Path(config.weights).expanduser()
-    if path.suffix in {".safetensors", ".pth", ".pt"} or path.exists():
+    if path.suffix in {".safetensors", ".pth", ".pt"} or path.is_file():
         return _read_file(path)
     enum = torchvision.models.get_model_weights(config.name)
     known = [name for name in enum.__members__ if name != "DEFAULT"]
@@ -247,6 +247,9 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
             f"cannot download {weights.url}: {error}; put the file into {torch.hub.get_dir()}/checkpoints, "
             "or pass --model.weights FILE or none"
         ) from error
+    except Exception as error:  # a download that was cut short, or another file under its name
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[1]
+        raise UserError(f"the weights file {file} is damaged: delete it, and it is downloaded again") from error
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

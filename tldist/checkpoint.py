@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,16 @@ class TrainState:
     optimizer: OptimizerState = field(default_factory=dict)
 
 
-def save(folder: Path, model: dict[str, Tensor], state: TrainState, extra: dict[str, Any]) -> None:
-    """Write `folder` so that a reader sees the old one or the new one, never a mixture.
+def save(
+    folder: Path, names: Sequence[str], model: dict[str, Tensor], state: TrainState, extra: dict[str, Any]
+) -> None:
+    """Write `folder/epoch-N` once and point `folder/NAME` at it for each name; what no name points at is removed.
 
-    model.safetensors: torchvision's names; optimizer.safetensors: `parameter/key`; state.json: the rest.
+    A name is a link that is replaced in one step, so a reader sees the old checkpoint or the new one, whenever
+    the process dies. model.safetensors: torchvision's names; optimizer.safetensors: `parameter/key`; state.json:
+    the rest.
     """
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    fresh = folder / f"epoch-{state.epoch:04d}"
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     safetensors.torch.save_file(_plain(model), fresh / "model.safetensors")
@@ -43,13 +48,22 @@ def save(folder: Path, model: dict[str, Tensor], state: TrainState, extra: dict[
     safetensors.torch.save_file(_plain(moments), fresh / "optimizer.safetensors")
     scalars = {f.name: getattr(state, f.name) for f in dataclasses.fields(state) if f.name != "optimizer"}
     (fresh / "state.json").write_text(json.dumps({**extra, **scalars}, indent=1))
-    for file in fresh.iterdir():
-        _sync(file)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in (*fresh.iterdir(), fresh, folder):
+        _sync(path)
+    for name in names:
+        link = folder / f".{name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(fresh.name)
+        link.replace(folder / name)
+    _sync(folder)
+    _remove_unnamed(folder)
+
+
+def _remove_unnamed(folder: Path) -> None:
+    named = {path.resolve() for path in folder.iterdir() if path.is_symlink()}
+    for path in folder.glob("epoch-*"):
+        if path.resolve() not in named:
+            shutil.rmtree(path)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -57,5 +71,9 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """Onto the disk: a file's bytes, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

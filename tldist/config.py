@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,6 +217,8 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--strategy.trainable-stages": c.strategy.trainable_stages,
         "--strategy.epochs-per-stage": c.strategy.epochs_per_stage,
         "--optim.base-lr": c.optim.base_lr,
+        "--strategy.backbone-lr": c.strategy.backbone_lr,
+        "--strategy.second-phase-lr": c.strategy.second_phase_lr,
     }
     not_negative = {
         "--data.mixup": c.data.mixup,
@@ -225,11 +228,18 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--optim.weight-decay": c.optim.weight_decay,
         "--optim.warmup-epochs": c.optim.warmup_epochs,
         "--optim.clip-norm": c.optim.clip_norm,
-        "--strategy.backbone-lr": c.strategy.backbone_lr,
         "--seed": c.seed,
+    }
+    shares = {
+        "--optim.momentum": c.optim.momentum,
+        "--train.label-smoothing": c.train.label_smoothing,
+        "--optim.final-lr": c.optim.final_lr,
     }
     rules = [(not v > 0, f"{flag} is {v}: give a value above 0") for flag, v in positive.items()]
     rules += [(not v >= 0, f"{flag} is {v}: give 0 or more") for flag, v in not_negative.items()]
+    rules += [(not 0 <= v < 1, f"{flag} is {v}: give a share from 0 to below 1") for flag, v in shares.items()]
+    numbers = {**positive, **not_negative}.items()
+    rules += [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
     workers, batch = c.launch.workers, c.data.batch_size
     return [
         *rules,
@@ -245,9 +255,16 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             c.launch.kind == "local" and workers > 1,
             f"--launch.kind local runs one worker, not {workers}: use ray or --launch.workers 1",
         ),
+        (c.seed >= 2**63, f"--seed is {c.seed}: give a number below 2^63"),
         (
-            not 0 <= c.train.label_smoothing < 1,
-            f"--train.label-smoothing is {c.train.label_smoothing}: give a share from 0 to below 1",
+            c.model.name.startswith("vit") and c.data.image_size % 16 != 0,
+            f"--data.image-size {c.data.image_size} does not divide into {c.model.name}'s 16-pixel patches: "
+            "use a multiple of 16",
+        ),
+        (
+            c.model.head == "mlp_bn" and batch < 2 * workers,
+            f"--data.batch-size {batch} gives a worker one image, and the BatchNorm of --model.head mlp_bn needs two: "
+            "use a larger batch or another head",
         ),
         (
             not 0 < c.strategy.decay <= 1,

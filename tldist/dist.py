@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -49,6 +49,16 @@ def close() -> None:
         td.destroy_process_group()
 
 
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_workers() -> int:
+    """Workers on this machine, as torchrun and Ray tell them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def local_device() -> torch.device:
     """The GPU of this worker (LOCAL_RANK), or the CPU."""
     if not torch.cuda.is_available():
@@ -71,24 +81,19 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every worker if `flag` is true on one; costs one small all-reduce and a host sync."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=device)
-    td.all_reduce(value, op=td.ReduceOp.MAX)
-    return bool(value.item())
-
-
 @torch.no_grad()
-def average_(tensors: Iterable[torch.Tensor]) -> None:
-    """Replace floating-point tensors by their mean over workers: the BatchNorm statistics before they are used."""
-    if world_size() == 1:
+def average_(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace fp32 tensors by their mean over workers, in one all-reduce.
+
+    Only for values that differ: three equal numbers summed and divided by three may not be the number again.
+    """
+    if world_size() == 1 or not tensors:
         return
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            td.all_reduce(tensor)
-            tensor /= world_size()
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    td.all_reduce(flat)
+    flat /= world_size()
+    for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 class ReplicasDiverged(RuntimeError):  # noqa: N818 - it states a fact of the run
@@ -128,6 +133,11 @@ def replica_spread(tensors: Mapping[str, torch.Tensor]) -> float:
         f"the workers' copies of '{name}' differ by up to {spread:.3g} ({len(different)} of {len(tensors)} tensors "
         "differ): the run stops here, its last checkpoint was written before"
     )
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of all workers' values."""
+    return float(gather_rows(torch.tensor([[value]], dtype=torch.float64, device=device)).max())
 
 
 def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:

@@ -49,16 +49,16 @@ def evaluate(
 
     Raises RuntimeError unless the workers together saw each of the split's `images` exactly once.
     """
-    rows = [torch.zeros(0, 5, dtype=torch.float64)]
+    rows = [torch.zeros(0, 5, dtype=torch.float64, device=numbers.device)]
     for batch in batches:
         with numbers.autocast():
             logits = network(to_input(batch.images_NHWC)).float()
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         loss = F.cross_entropy(logits, batch.labels_N, reduction="none")
-        ids = torch.from_numpy(batch.plan.ids_N).to(logits.device)
+        ids = torch.from_numpy(batch.plan.ids_N).to(logits.device, non_blocking=True)
         columns = [t.double() for t in (ids, batch.labels_N, predicted, confidence, loss)]
-        rows.append(torch.stack(columns, dim=1).cpu())
-    gathered = dist.gather_rows(torch.cat(rows).to(numbers.device)).cpu()
+        rows.append(torch.stack(columns, dim=1))
+    gathered = dist.gather_rows(torch.cat(rows)).cpu()
     gathered = gathered[gathered[:, 0].argsort()]
     if not torch.equal(gathered[:, 0].long(), torch.arange(images)):
         raise RuntimeError(f"evaluation saw {len(gathered)} images, not each of the {images} exactly once")

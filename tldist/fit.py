@@ -86,13 +86,19 @@ class FitResult:
 def fit(run: Run) -> FitResult:
     """Run the plan from its first phase to its last."""
     result = FitResult()
-    for index, phase in enumerate(run.plan.phases):
-        live = begin_phase(run, index, result)
-        for _ in range(phase.epochs):
-            train_epoch(run, live, result.state)
-            end_epoch(run, live, result)
-        end_phase(live, result)
+    for index in range(len(run.plan.phases)):
+        run_phase(run, index, result)
     return result
+
+
+def run_phase(run: Run, index: int, result: FitResult) -> None:
+    """One phase, from its cut to its last epoch; what it held is freed on return, but for what `result` keeps."""
+    live = begin_phase(run, index, result)
+    for _ in range(live.phase.epochs):
+        train_epoch(run, live, result.state)
+        end_epoch(run, live, result)
+    live.engine.close()
+    result.windows.append(live.clock.phase)
 
 
 def begin_phase(run: Run, index: int, result: FitResult) -> LivePhase:
@@ -132,6 +138,17 @@ def set_modes(network: Segment, phase: Phase, batchnorm: str) -> None:
             for module in stage.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+
+
+def moved_statistics(network: Segment) -> list[Tensor]:
+    """Running means and variances of the BatchNorm layers in train mode: each worker's saw other images."""
+    return [
+        statistic
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    ]
 
 
 def train_epoch(run: Run, live: LivePhase, state: TrainState) -> None:
@@ -198,11 +215,10 @@ def to_input(images_NHWC: Tensor, dtype: torch.dtype, mix: Mix | None = None) ->
 
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:
-    """One line of metrics: one all-reduce, one copy to the host."""
+    """One line of metrics: one all-reduce, one copy to the host. Memory is this worker's; the summary has all."""
     loss, top1 = live.meter.read()
     window = live.clock.stop()
     factor = schedule_factor(run.config.optim, run.plan, live.index, state.step - 1, run.steps_per_epoch)
-    peak = peak_memory_gib(run.numbers.device)
     run.log.write(
         "train",
         step=state.step,
@@ -214,7 +230,7 @@ def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) 
         lr={stage: run.config.optim.base_lr * m * factor for stage, m in live.phase.multiples},
         images_per_s=round(window.images_per_s, 1),
         data_wait_share=round(window.data_wait_share, 4),
-        peak_mem_gib=round(peak, 3),
+        peak_mem_gib=round(peak_memory_gib(run.numbers.device), 3),
     )
     live.clock.start()
 
@@ -223,7 +239,7 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     """Agree on BatchNorm statistics, prove that replicas agree, evaluate, save."""
     state = result.state
     state.epoch += 1
-    dist.average_(run.model.buffers())
+    dist.average_(moved_statistics(live.network))
     result.replica_spread = dist.replica_spread(run.model.state_dict())
     evaluation = evaluate_model(run, live)
     state.val_top1 = evaluation.top1
@@ -248,7 +264,8 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
     """The whole model on the validation split, each image once."""
     live.network.eval()
     split = run.index.val
-    plans = eval_batches(split, run.config.data.image_size, run.config.data.batch_size, run.worker)
+    share = run.config.data.batch_size // run.worker.world_size
+    plans = eval_batches(split, run.config.data.image_size, share, run.worker)
     batches = run.eval_loader.batches(plans)
     return evaluate(live.logits, batches, lambda x: to_input(x, run.numbers.dtype), len(split.paths), run.numbers)
 
@@ -257,9 +274,9 @@ def save_checkpoints(run: Run, state: TrainState, is_best: bool) -> None:
     """checkpoints/last, and checkpoints/best when this epoch is the best so far."""
     if not dist.is_main():
         return
-    model, extra = run.model.torchvision_state(), describe_model(run)
-    for name in ("last", "best") if is_best else ("last",):
-        checkpoint.save(run.run_dir / "checkpoints" / name, model, state, extra)
+    names = ("last", "best") if is_best else ("last",)
+    folder = run.run_dir / "checkpoints"
+    checkpoint.save(folder, names, run.model.torchvision_state(), state, describe_model(run))
 
 
 def describe_model(run: Run) -> dict[str, Any]:
@@ -273,13 +290,3 @@ def describe_model(run: Run) -> dict[str, Any]:
         "mean": IMAGE_MEAN,
         "std": IMAGE_STD,
     }
-
-
-def end_phase(live: LivePhase, result: FitResult) -> None:
-    """Keep the optimizer's state by name and let the engine go."""
-    result.state.optimizer = {
-        name: {key: t.detach().clone() for key, t in tensors.items()}
-        for name, tensors in {**result.state.optimizer, **live.engine.optimizer_state()}.items()
-    }
-    live.engine.close()
-    result.windows.append(live.clock.phase)

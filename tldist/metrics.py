@@ -31,7 +31,9 @@ class TrainMeter:
             partner_hits = (predicted == targets.partner_labels_N).double()
             hits = torch.lerp(partner_hits, hits, targets.weight_N.double())
         n = len(predicted)
-        self.sums += torch.stack([output.loss.double() * n, hits.sum(), self.sums.new_tensor(float(n))])
+        self.sums[0] += output.loss.double() * n
+        self.sums[1] += hits.sum()
+        self.sums[2] += n
 
     def read(self) -> tuple[float, float]:
         """(loss, top-1) over all workers since the last reading: one all-reduce, one copy to the host."""
@@ -107,12 +109,10 @@ class ThroughputClock:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest of all workers: allocated device memory, or resident memory on the CPU."""
+    """This worker's peak so far: allocated device memory, or resident memory on the CPU. No device sync."""
     if device.type == "cuda":
-        used = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return float(dist.gather_rows(torch.tensor([[used]], dtype=torch.float64, device=device)).max())
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def count_parameters(named: dict[str, Tensor]) -> int:

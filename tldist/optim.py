@@ -69,7 +69,7 @@ def read_state(optimizer: Optimizer) -> OptimizerState:
 
 
 def load_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Give each parameter the state recorded under its name; parameters without one start fresh."""
+    """Hand each parameter the state recorded under its name; parameters without one start fresh."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in state:
@@ -78,9 +78,11 @@ def load_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) 
 
 def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
     # A fused optimizer keeps its step counter on the parameter's device; moments also take its memory format.
+    # Tensors that already fit are taken over as they are: at a phase boundary nothing exists twice.
     if key == "step":
-        return value.detach().clone().to(parameter.device)
-    return torch.empty_like(parameter).copy_(value)
+        return value.to(parameter.device)
+    fits = value.device == parameter.device and value.stride() == parameter.stride()
+    return value if fits else torch.empty_like(parameter).copy_(value)
 
 
 def schedule_factor(config: OptimConfig, plan: Plan, index: int, step: int, steps_per_epoch: int) -> float:

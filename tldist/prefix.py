@@ -24,9 +24,13 @@ class Prefix:
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor) -> Tensor:
-        x = images_NCHW.to(self.dtype) if self.stages else images_NCHW
-        for stage in self.stages:
-            x = stage(x)
+        if not self.stages:
+            return images_NCHW
+        x = images_NCHW.to(self.dtype)
+        # The stages are in `dtype` already; a caller's autocast would compute LayerNorm otherwise in evaluation.
+        with torch.autocast(x.device.type, enabled=False):
+            for stage in self.stages:
+                x = stage(x)
         return x
 
 

@@ -126,7 +126,7 @@ def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path, title: str, in
     logs = {name: read(run_dir) for name, run_dir in run_dirs.items()}
     drawn = _Drawer(out_dir / "plots")
     bars = [
-        ("top1", plots.bars("Best validation top-1", _each(logs, "best_val_top1"), _percent)),
+        ("top1", plots.bars("Validation top-1, last epoch", _each(logs, "val_top1"), _percent)),
         ("images_per_s", plots.bars("Images per second", _each(logs, "images_per_s"), wording.rate)),
     ]
     overview = drawn.all(bars) + drawn.all([("val_top1", plots.validation_curves(logs))], wide=True)

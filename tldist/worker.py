@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
-import os
 import time
 import traceback
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from tldist import backbones, config, dist
 from tldist.config import RunConfig, UserError
 from tldist.data.augment import PRESETS, AugmentSpec
-from tldist.data.index import Index, build_index, load_index, save_index, subset
+from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
 from tldist.engine import engine_kind, numerics
 from tldist.evaluate import predictions
@@ -36,7 +34,7 @@ def run(config_json: str) -> dict[str, Any]:
     all workers.
     """
     started = time.time()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    torch.set_num_threads(max(1, dist.cores() // dist.local_workers()))
     device = dist.local_device()
     made_group = dist.init(device)
     settings = config.from_json(config_json)
@@ -69,16 +67,16 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
         announce(parts)
         result = fit(parts)
         return finish(parts, result, sink, started)
+    except BaseException:
+        if sink is not None:
+            sink.close(failed=True)
+            sink = None
+        raise
     finally:
         parts.train_loader.close()
         parts.eval_loader.close()
         if sink is not None:
             sink.close()
-
-
-def local_world_size() -> int:
-    """Workers on this machine (torchrun and Ray both say so)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
@@ -87,7 +85,6 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
     numbers = numerics(settings.train.precision, device)
     index = shared_index(settings)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
-    check_batch(settings, index)
     model = backbones.build(
         settings.model,
         len(index.classes),
@@ -101,8 +98,8 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         plan=build_plan(settings.strategy, tuple(model.stages), settings.train.epochs),
         model=model,
         index=index,
-        train_loader=open_loader(data, PRESETS[data.augment], share, device, local_world_size()),
-        eval_loader=open_loader(data, AugmentSpec(), data.batch_size, device, local_world_size()),
+        train_loader=open_loader(data, PRESETS[data.augment], share, device),
+        eval_loader=open_loader(data, AugmentSpec(), share, device),
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
@@ -110,22 +107,27 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
 
 
 def shared_index(settings: RunConfig) -> Index:
-    """The index, built by one worker (each file is looked at once) and read by all from the run directory."""
+    """The index that all workers use: the launcher's from the run directory, or (under torchrun) rank 0's.
+
+    Looking through a large data set for the first time outlasts any collective's timeout, so the other ranks
+    watch for the file; should rank 0 fail, torchrun ends them.
+    """
     path = Path(settings.run_dir) / "index.json"
-    if dist.is_main():
-        index = build_index(settings.data.root, settings.data.classes)
-        if per_class := settings.data.train_images_per_class:
-            index = dataclasses.replace(index, train=subset(index.train, per_class, settings.seed))
-        save_index(index, path)
-    dist.barrier()
+    if dist.is_main() and not path.exists():
+        save_index(data_index(settings), path)
+    while not path.exists():
+        time.sleep(0.2)
     return load_index(path)
 
 
-def check_batch(settings: RunConfig, index: Index) -> None:
-    """A batch larger than the training set would mean epochs without a step."""
+def data_index(settings: RunConfig) -> Index:
+    """The images the config asks for. Raises UserError, also for a batch that is larger than the training set."""
+    index = build_index(settings.data.root, settings.data.classes)
+    index = with_train_subset(index, settings.data.train_images_per_class, settings.seed)
     images, batch = len(index.train.paths), settings.data.batch_size
     if batch > images:
         raise UserError(f"--data.batch-size {batch} is more than the {images} training images: use {images} or fewer")
+    return index
 
 
 def open_wandb(parts: Run) -> WandbSink | None:
@@ -197,13 +199,25 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
             shown = predictions(result.best, parts.index.val, parts.index.classes)
             (parts.run_dir / "predictions.json").write_text(json.dumps(shown))
             if sink is not None:
-                root = Path(parts.index.root)
-                samples = [{**s, "path": str(root / s["path"])} for s in shown["samples"]]
-                sink.write({"event": "predictions", **shown, "samples": samples, "step": result.state.step})
+                sink.write(predictions_event(parts.index, shown, result.state.step))
         (parts.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
         parts.log.write("end", **summary)
         _report(parts)
     return summary
+
+
+def predictions_event(index: Index, shown: dict[str, Any], step: int) -> dict[str, Any]:
+    """What W&B draws: whole paths, and classes by name."""
+    samples = [
+        {
+            **sample,
+            "path": str(Path(index.root) / sample["path"]),
+            "label": index.classes[sample["label"]],
+            "predicted": index.classes[sample["predicted"]],
+        }
+        for sample in shown["samples"]
+    ]
+    return {"event": "predictions", **shown, "samples": samples, "step": step}
 
 
 def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
@@ -234,6 +248,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "train_images": len(parts.index.train.paths),
         "val_images": len(parts.index.val.paths),
         "skipped_images": len(parts.index.skipped),
+        "data_fingerprint": parts.index.fingerprint,
         "val_top1": state.val_top1,
         "best_val_top1": state.best_val_top1,
         "best_epoch": state.best_epoch,
@@ -242,7 +257,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "trainable_params": phases[-1]["trainable_params"],
         "total_params": count_parameters(dict(parts.model.named_parameters())),
         "replica_spread": result.replica_spread,
-        "peak_mem_gib": round(peak_memory_gib(parts.numbers.device), 3),
+        "peak_mem_gib": round(dist.largest(peak_memory_gib(parts.numbers.device), parts.numbers.device), 3),
         "wall_s": round(time.time() - started, 2),
         "resumed_from": None,
         "wandb_run_id": sink.run_id if sink is not None else None,

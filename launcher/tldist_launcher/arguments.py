@@ -66,28 +66,37 @@ def _type_of(dotted: str) -> Any:
 
 
 def _check_flags(words: Sequence[str], command: str) -> None:
-    """Say unknown flags and bad values in one sentence, before tyro says them in ten."""
-    types = flag_types()
-    for i, word in enumerate(words):
-        if not word.startswith("--") or word == "--help":
+    """Say unknown flags, stray words and bad values in one sentence, before tyro says them in ten."""
+    types, rest = flag_types(), list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("-h", "--help"):
             continue
-        flag, _, value = word.partition("=")
+        flag, given, value = word.partition("=")
         flag = flag.replace("_", "-")
+        if not flag.startswith("--"):
+            raise UserError(f"'{word}' is no flag: after the recipe come --section.flag VALUE pairs")
         if flag not in types:
             raise UserError(
                 f"there is no flag {flag}{nearest(flag, types)}: `tldist {command} RECIPE --help` lists all"
             )
-        if not value:
-            following = words[i + 1 : i + 2]
-            value = following[0] if following and not following[0].startswith("--") else ""
-        _check_value(flag, value, types[flag])
+        values = [value] if given else []
+        while rest and not rest[0].startswith("--") and not given:
+            values.append(rest.pop(0))
+        _check_values(flag, values, types[flag])
+
+
+def _check_values(flag: str, values: list[str], kind: Any) -> None:
+    if typing.get_origin(kind) is tuple:
+        return
+    if not values or (not values[0] and kind is not str):
+        raise UserError(f"{flag} needs a value")
+    if len(values) > 1:
+        raise UserError(f"{flag} takes one value, not {len(values)}: '{values[1]}' is too much")
+    _check_value(flag, values[0], kind)
 
 
 def _check_value(flag: str, value: str, kind: Any) -> None:
-    if typing.get_origin(kind) is tuple:
-        return
-    if not value and kind is not str:
-        raise UserError(f"{flag} needs a value")
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -98,3 +107,17 @@ def _check_value(flag: str, value: str, kind: Any) -> None:
         except ValueError:
             number = "a whole number" if kind is int else "a number"
             raise UserError(f"{flag} '{value}' is not {number}") from None
+
+
+def parse_flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[str, str]:
+    """`--flag VALUE` pairs of the small commands, over their defaults."""
+    values, rest = dict(known), list(words)
+    while rest:
+        flag, _, value = rest.pop(0).partition("=")
+        if flag not in known:
+            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise UserError(f"tldist {command} has no flag {flag}{nearest(flag, known)}: {allowed}")
+        if not value and not rest:
+            raise UserError(f"{flag} needs a value")
+        values[flag] = value or rest.pop(0)
+    return values

@@ -21,7 +21,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, rest = words[0], words[1:]
         if name not in COMMANDS:
             raise UserError(f"there is no command '{name}'{nearest(name, COMMANDS)}: choose from {', '.join(COMMANDS)}")
-        return COMMANDS[name][0](rest)
+        command, usage, text = COMMANDS[name]
+        if name not in ("train", "plan") and {"-h", "--help"} & set(rest):
+            print(f"usage: tldist {usage}\n\n{text}")
+            return 0
+        return command(rest)
     except UserError as error:
         print(f"tldist: {error}", file=sys.stderr)
         return 2
@@ -56,10 +60,11 @@ def _plan(words: Sequence[str]) -> int:
 
 
 def _demo(words: Sequence[str]) -> int:
+    from tldist_launcher.arguments import parse_flags
     from tldist_launcher.demo import demo
 
-    flags = _flags(words, {"--run-dir": "runs/demo"}, "demo")
-    demo(Path(flags["--run-dir"]))
+    flags = parse_flags(words, {"--run-dir": "runs/demo"}, "demo")
+    demo(Path(flags["--run-dir"]).expanduser())
     return 0
 
 
@@ -74,26 +79,13 @@ def _data(words: Sequence[str]) -> int:
 
 
 def _doctor(words: Sequence[str]) -> int:
+    from tldist_launcher.arguments import parse_flags
     from tldist_launcher.doctor import doctor_rows, print_doctor
 
-    _flags(words, {}, "doctor")
+    parse_flags(words, {}, "doctor")
     rows = doctor_rows()
     print_doctor(rows)
     return 1 if any(row.fatal for row in rows) else 0
-
-
-def _flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[str, str]:
-    """`--flag VALUE` pairs of the small commands, over their defaults."""
-    values, rest = dict(known), list(words)
-    while rest:
-        flag, _, value = rest.pop(0).partition("=")
-        if flag not in known:
-            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise UserError(f"tldist {command} has no flag {flag}{nearest(flag, known)}: {allowed}")
-        if not value and not rest:
-            raise UserError(f"{flag} needs a value")
-        values[flag] = value or rest.pop(0)
-    return values
 
 
 COMMANDS: dict[str, tuple[Command, str, str]] = {

@@ -10,22 +10,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tldist.config import UserError, nearest
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
+from tldist_launcher.arguments import parse_flags
 
 
 def fetch_command(words: Sequence[str]) -> int:
     """`fetch NAME --root DIR [--from DIR]`."""
-    from tldist_launcher.cli import _flags
-
     if not words or words[0].startswith("-"):
         raise UserError(f"name a data set: tldist data fetch NAME --root DIR, one of {', '.join(DATASETS)}")
     name = words[0]
     if name not in DATASETS:
         raise UserError(f"there is no data set '{name}'{nearest(name, DATASETS)}: choose from {', '.join(DATASETS)}")
-    flags = _flags(words[1:], {"--root": "", "--from": ""}, "data fetch")
+    flags = parse_flags(words[1:], {"--root": "", "--from": ""}, "data fetch")
     if not flags["--root"]:
         raise UserError("say where to write the images: --root DIR")
     source = Path(flags["--from"]).expanduser() if flags["--from"] else None
-    print(f"data: {fetch(name, Path(flags['--root']).expanduser(), source)}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(f"fetching {name}", total=None)
+        folder = fetch(
+            name,
+            Path(flags["--root"]).expanduser(),
+            source,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None),
+        )
+    print(f"data: {folder}")
     return 0
 
 

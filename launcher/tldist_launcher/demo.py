@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from tldist.config import STRATEGIES, LaunchConfig, RunConfig
+from tldist import dist
+from tldist.config import STRATEGIES, LaunchConfig, RunConfig, UserError
 from tldist.data.datasets import fetch
 from tldist.recipes.demo import demo as target_recipe
 from tldist.recipes.demo import demo_source
@@ -23,10 +23,9 @@ from tldist_launcher.launch import launch
 
 def demo(folder: Path) -> None:
     """Everything under `folder`, which is made anew: runs, summary.json with one row per strategy, report.html."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    _make_anew(folder)
     root = str(fetch("digits", folder / "digits"))
-    workers = min(2, len(os.sched_getaffinity(0)))
+    workers = min(2, dist.cores())
     print(f"1. pre-train ResNet-18 on the digits 0-4, {workers} data-parallel workers on Ray")
     source = launch(_at(demo_source(), root, folder / "source", workers))
     print("2. transfer to the digits 5-9, 20 images per class, the same budget for every strategy")
@@ -39,6 +38,20 @@ def demo(folder: Path) -> None:
     report = write_comparison(runs, folder, "Transfer from the digits 0-4 to 5-9", _intro(rows))
     _print(rows)
     print(f"{_intro(rows)}\nreport: {report}\nrun: {folder}")
+
+
+def _make_anew(folder: Path) -> None:
+    """An empty folder; one that holds anything but an earlier demo is left alone."""
+    mark = folder / ".tldist-demo"
+    try:
+        if mark.exists():
+            shutil.rmtree(folder)
+        elif folder.exists() and any(folder.iterdir()):
+            raise UserError(f"{folder} holds something else than a demo: choose another --run-dir")
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --run-dir") from error
 
 
 def _at(settings: RunConfig, root: str, run_dir: Path, workers: int) -> RunConfig:

@@ -228,7 +228,7 @@ def deepspeed_row(machine: Machine) -> Row:
     """The ZeRO engines."""
     if version := _version("deepspeed"):
         return Row("DeepSpeed", "ok", version)
-    return Row("DeepSpeed", "missing", "not installed", "no ZeRO engines; single and ddp work: pip install deepspeed")
+    return Row("DeepSpeed", "missing", "not installed", "nothing yet: the engines single and ddp do without it")
 
 
 def wandb_row(machine: Machine) -> Row:
@@ -261,7 +261,7 @@ def compiler_row(machine: Machine) -> Row:
     }
     tools["Python.h"] = (Path(sysconfig.get_path("include")) / "Python.h").is_file()
     if absent := [name for name, found in tools.items() if not found]:
-        cost = "the frozen prefix runs uncompiled, about a quarter slower on a CPU: install gcc, g++, python3-dev"
+        cost = "nothing in training; benchmarks cannot compile what they compare with: install gcc, g++, python3-dev"
         return Row("torch.compile", "missing", f"without {', '.join(absent)}", cost)
     return Row("torch.compile", "ok", f"{tools['a C++ compiler']} and Python's headers")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -12,9 +14,9 @@ from typing import Any
 
 import torch
 
-from tldist import backbones, config, worker
+from tldist import backbones, config, dist, worker
 from tldist.config import RunConfig, TrainingFailed, UserError
-from tldist.data.index import build_index
+from tldist.data.index import Index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
 from tldist.plan import build_plan
@@ -23,18 +25,36 @@ from tldist.tracking.console import Console, follow
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
     """Run to the end and return the run directory. Raises UserError, or TrainingFailed with the reason."""
-    preflight(settings)
-    settings = dataclasses.replace(settings, run_dir=str(make_run_dir(settings)))
-    run_dir = Path(settings.run_dir)
+    settings = _absolute(settings)
+    index = preflight(settings)
+    run_dir = make_run_dir(settings)
+    settings = dataclasses.replace(settings, run_dir=str(run_dir))
     config.save(settings, run_dir / "config.yaml")
+    save_index(index, run_dir / "index.json")
     try:
         _start(settings, run_dir, quiet)
     except UserError:
+        if not (run_dir / "checkpoints").exists():
+            shutil.rmtree(run_dir)  # nothing was done in it, and the corrected command may name it again
         raise
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise TrainingFailed(f"{type(error).__name__}: {reason} (traceback in {run_dir / 'logs'})") from error
     return run_dir
+
+
+def _absolute(settings: RunConfig) -> RunConfig:
+    """Paths as every worker understands them, wherever it runs."""
+    root, weights = settings.data.root, settings.model.weights
+    if root:
+        root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() would follow links
+    if Path(weights).expanduser().is_file():
+        weights = str(Path(weights).expanduser().absolute())
+    return dataclasses.replace(
+        settings,
+        data=dataclasses.replace(settings.data, root=root),
+        model=dataclasses.replace(settings.model, weights=weights),
+    )
 
 
 def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
@@ -53,24 +73,25 @@ def launch_kind(settings: RunConfig) -> str:
     return "ray" if settings.launch.workers > 1 or os.environ.get("RAY_ADDRESS") else "local"
 
 
-def preflight(settings: RunConfig) -> None:
-    """Find the user's mistakes in seconds, before workers are started: data, weights, plan, machine."""
+def preflight(settings: RunConfig) -> Index:
+    """Find the user's mistakes in seconds, before workers are started: machine, plan, data, weights."""
     settings.validate()
     _check_machine(settings)
     loader_kind(settings.data)
     build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
-    index = build_index(settings.data.root, settings.data.classes)
-    if not settings.data.train_images_per_class:
-        worker.check_batch(settings, index)
+    index = worker.data_index(settings)
     if settings.strategy.name != "scratch":
         backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)
+    return index
 
 
 def _check_machine(settings: RunConfig) -> None:
-    gpus, cores = torch.cuda.device_count(), len(os.sched_getaffinity(0))
-    numerics(settings.train.precision, torch.device("cuda" if gpus else "cpu"))
+    if launch_kind(settings) == "ray" and importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed: pip install 'ray[train]', or use --launch.workers 1 --launch.kind local")
     if os.environ.get("RAY_ADDRESS"):
-        return  # the cluster decides, see tldist_launcher.ray
+        return  # the cluster's machines decide, see tldist_launcher.ray and the workers
+    gpus, cores = torch.cuda.device_count(), dist.cores()
+    numerics(settings.train.precision, torch.device("cuda" if gpus else "cpu"))
     places, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if settings.launch.workers > places:
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +16,11 @@ import torch
 from tldist import config
 from tldist.config import RunConfig, UserError
 
-# Read by Ray at import or start-up, inherited by its workers; a user's own setting wins.
+# Read by Ray at import or start-up, inherited by the workers of a cluster started here; a user's own setting wins.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths break in the workers
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -38,12 +38,14 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         import ray
 
         _connect(settings)
+        on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            _check_cluster(settings)
+            _check_cluster(settings, terminal)
             trainer = _trainer(settings)
             watch(lambda: _fit(trainer), terminal)
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
 
 
 def _connect(settings: RunConfig) -> None:
@@ -53,19 +55,23 @@ def _connect(settings: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        # One core more than workers: Ray Train's controller must find a place too.
-        ray.init(num_cpus=settings.launch.workers + 1, include_dashboard=False, **quiet)
+        # address="local": a cluster that somebody else left running on this machine is not ours to join.
+        ray.init(address="local", num_cpus=settings.launch.workers, include_dashboard=False, **quiet)
 
 
-def _check_cluster(settings: RunConfig) -> None:
+def _check_cluster(settings: RunConfig, terminal: TextIO) -> None:
     import ray
 
-    resources = ray.cluster_resources()
     what = "GPU" if _use_gpu() else "CPU"
-    if settings.launch.workers > resources.get(what, 0):
+    in_all, free = (found.get(what, 0) for found in (ray.cluster_resources(), ray.available_resources()))
+    workers = settings.launch.workers
+    if workers > in_all:
         raise UserError(
-            f"--launch.workers {settings.launch.workers}, but the Ray cluster has {resources.get(what, 0):g} {what}s: "
-            "use fewer workers or add nodes"
+            f"--launch.workers {workers}, but the Ray cluster has {in_all:g} {what}s: use fewer or add nodes"
+        )
+    if workers > free:
+        print(
+            f"waiting: {free:g} of the Ray cluster's {in_all:g} {what}s are free, {workers} are needed", file=terminal
         )
 
 
@@ -109,16 +115,17 @@ def _fit(trainer: Any) -> None:
             trainer.fit()
     except WorkerGroupError as error:
         raise _cause(error) from error
+    except SystemExit as error:  # how Ray Train answers Ctrl-C
+        raise KeyboardInterrupt from error
 
 
 def _cause(error: Any) -> Exception:
-    """The exception of the first worker that failed by itself, without Ray's wrapping."""
-    failures = [failure for _, failure in sorted(error.worker_failures.items())]
-    for failure in failures:
-        cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
-        if isinstance(cause, UserError):
-            return cause
-    return failures[0] if failures else error
+    """What a worker raised, without Ray's wrapping; a worker that only lost its peers in a collective comes last."""
+    causes = []
+    for _, failure in sorted(error.worker_failures.items()):
+        causes.append(getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure)
+    causes.sort(key=lambda cause: "all_reduce" in str(cause) or "Connection closed by peer" in str(cause))
+    return causes[0] if causes else error
 
 
 @contextlib.contextmanager

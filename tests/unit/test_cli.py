@@ -60,6 +60,16 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "folder", "--launch.kind", "local", "--launch.workers", "2"], "local runs one worker"),
         (["train", "--config", "/no/such.yaml"], "cannot read the config file"),
         (["plan", "folder", "--strategy.name", "partial", "--strategy.trainable-stages", "9"], "has 6 stages"),
+        (["train", "folder", "extra"], "'extra' is no flag"),
+        (["train", "folder", "-x"], "'-x' is no flag"),
+        (["train", "folder", "--data.root"], "--data.root needs a value"),
+        (["train", "folder", "--seed", "1", "2"], "--seed takes one value"),
+        (["train", "folder", "--seed", str(2**64)], "give a number below 2^63"),
+        (["train", "folder", "--strategy.backbone-lr", "0"], "--strategy.backbone-lr is 0.0: give a value above 0"),
+        (["train", "folder", "--optim.momentum", "1.5"], "--optim.momentum is 1.5: give a share"),
+        (["train", "folder", "--optim.base-lr", "inf"], "give a finite number"),
+        (["plan", "folder", "--model.name", "vit_b_16", "--data.image-size", "100"], "use a multiple of 16"),
+        (["train", "folder", "--model.head", "mlp_bn", "--data.batch-size", "1"], "needs two"),
         (["data"], "needs a command"),
         (["data", "chek", "x"], "did you mean 'check'?"),
         (["data", "fetch", "minst", "--root", "x"], "no data set 'minst' (did you mean 'mnist'?)"),
@@ -71,6 +81,33 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_mistakes(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert says in said(arguments, capsys)
+
+
+def test_the_demo_deletes_nobodys_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photo.jpg").touch()
+    assert "holds something else than a demo" in said(["demo", "--run-dir", str(tmp_path)], capsys)
+    assert "cannot write to" in said(["demo", "--run-dir", str(tmp_path / "photo.jpg" / "x")], capsys)
+    assert (tmp_path / "photo.jpg").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "data", "doctor"])
+def test_help_of_small_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"usage: tldist {command}" in capsys.readouterr().out
+
+
+def test_a_mistake_found_late_leaves_no_run_directory(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(_: str) -> None:
+        raise UserError("found in the worker")
+
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr("tldist.worker.run", late)
+    assert "found in the worker" in said(
+        ["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)], capsys
+    )
+    assert not run_dir.exists()
 
 
 def test_more_workers_than_the_machine_has(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +138,12 @@ def test_data_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_batch_larger_than_the_data(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = said(["train", "folder", *QUICK, "--data.root", str(photos), "--data.batch-size", "64"], capsys)
     assert "more than the 40 training images" in message
+    few = ["--data.train-images-per-class", "3"]
+    message = said(["train", "folder", *QUICK, "--data.root", str(photos), *few], capsys)
+    assert "more than the 6 training images" in message
+    few = ["--data.train-images-per-class", "21"]
+    message = said(["train", "folder", *QUICK, "--data.root", str(photos), *few], capsys)
+    assert "has 20 usable images" in message
 
 
 def test_weights_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

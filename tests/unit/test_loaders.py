@@ -21,7 +21,7 @@ SIDE = 40
 
 def opened(root: Path, kind: str, spec: AugmentSpec) -> Loader:
     config = DataConfig(root=str(root), image_size=SIDE, loader=kind, threads=2)  # type: ignore[arg-type]
-    return open_loader(config, spec, 16, CPU, 1)
+    return open_loader(config, spec, 16, CPU)
 
 
 def training(index: Index, spec: AugmentSpec, epoch: int = 0) -> list[BatchPlan]:

@@ -194,7 +194,7 @@ def test_carried_state_equals_an_optimizer_that_never_stopped(optimizer: str) ->
             for key, value in carried[name].items():
                 torch.testing.assert_close(value, never_stopped.state[theirs][key].to(value), rtol=1e-7, atol=1e-12)
     steps = {n.split(".")[0]: float(s["step"]) for n, s in carried.items() if "step" in s}
-    assert steps in ({"head": 6.0, "layer4": 3.0}, {})
+    assert steps == ({"head": 6.0, "layer4": 3.0} if optimizer == "adamw" else {})
 
 
 def test_a_frozen_parameter_owns_no_optimizer_state_and_no_gradient() -> None:

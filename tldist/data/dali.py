@@ -149,7 +149,10 @@ class DaliLoader:
 
     def _run(self, pipeline: Any) -> Tensor | None:
         try:
-            (images,) = pipeline.run()
+            # On a GPU: in step with torch's stream, so that the host does not wait for the decoder and DALI does not
+            # reuse a batch that torch still reads.
+            stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+            (images,) = pipeline.run(stream)
         except StopIteration:
             return None
         except RuntimeError as error:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,15 @@ def subset(split: Split, per_class: int, seed: int) -> Split:
         kept.append(rng.permutation(positions)[:per_class])
     order = np.sort(np.concatenate(kept))
     return Split(tuple(split.paths[i] for i in order), split.labels_N[order], split.sizes_N2[order])
+
+
+def with_train_subset(index: Index, per_class: int, seed: int) -> Index:
+    """The index with `subset` applied to its training split (0: unchanged), and a fingerprint of its own."""
+    if per_class == 0:
+        return index
+    train = subset(index.train, per_class, seed)
+    digest = hashlib.sha256("\n".join((index.fingerprint, *train.paths)).encode()).hexdigest()
+    return replace(index, train=train, fingerprint=digest)
 
 
 def save_index(index: Index, path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tldist import dist
 from tldist.config import DataConfig, UserError
 from tldist.data.augment import AugmentSpec
 from tldist.data.batches import BatchPlan
+from tldist.data.verify import strict_pillow, verify
 
 IN_FLIGHT = 3
 """Batches being prepared while one is used: enough to ride over a slow image, little memory."""
@@ -48,11 +49,12 @@ class DecodeError(RuntimeError):
 
 
 def decode_error(root: Path, paths: Iterable[str], reason: object) -> DecodeError:
-    """The error for a batch, or one image, that could not be decoded."""
-    return DecodeError(
-        f"cannot decode one of {', '.join(paths)} under {root}: {' '.join(str(reason).split())[:300]}; if files "
-        "changed since the run started, start it again so that they are checked"
-    )
+    """The error for a batch that could not be decoded. DALI names no file, so each is looked at again."""
+    with strict_pillow():
+        found = {path: verify(str(root / path)) for path in paths}
+    bad = [f"{path} ({verdict})" for path, verdict in found.items() if isinstance(verdict, str)]
+    what = ", ".join(bad[:5]) or f"one of {', '.join(found)} ({' '.join(str(reason).split())[:300]})"
+    return DecodeError(f"cannot decode {what} under {root}: files changed since they were checked, start the run again")
 
 
 def loader_kind(config: DataConfig) -> str:
@@ -67,16 +69,14 @@ def loader_kind(config: DataConfig) -> str:
     return config.loader
 
 
-def threads_per_worker(config: DataConfig, local_workers: int) -> int:
+def threads_per_worker(config: DataConfig) -> int:
     """`--data.threads`, or this machine's cores shared among its workers."""
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // local_workers)
+    return config.threads or max(1, dist.cores() // dist.local_workers())
 
 
-def open_loader(
-    config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device, local_workers: int
-) -> Loader:
+def open_loader(config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device) -> Loader:
     """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`."""
-    root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config, local_workers)
+    root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config)
     if loader_kind(config) == "dali":
         from tldist.data.dali import DaliLoader
 

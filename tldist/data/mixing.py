@@ -43,12 +43,12 @@ def draw_mix(config: DataConfig, n: int, generator: torch.Generator) -> Mix | No
         return None
     device, size = generator.device, config.image_size
     partner = torch.randperm(n, generator=generator, device=device)
-    if config.mixup and config.cutmix:
-        cut = torch.rand((), generator=generator, device=device) < 0.5
-    else:
-        cut = torch.tensor(bool(config.cutmix), device=device)
+    # No tensor is made from Python numbers here: on a GPU that would be a copy the host waits for.
+    share_cut = 0.5 if config.mixup and config.cutmix else float(config.cutmix > 0)
+    cut = torch.rand((), generator=generator, device=device) < share_cut
     lam = torch.where(cut, _beta(config.cutmix, generator), _beta(config.mixup, generator))
-    box = torch.where(cut, _cut_box(lam, size, generator), torch.tensor([0, 0, size, size], device=device))
+    whole = torch.arange(4, device=device).div(2, rounding_mode="floor") * size  # 0, 0, size, size
+    box = torch.where(cut, _cut_box(lam, size, generator), whole)
     area = ((box[2] - box[0]) * (box[3] - box[1])).float() / (size * size)
     weight = torch.where(cut, torch.zeros_like(lam), lam)
     label_weight = torch.where(cut, 1 - area, lam)

@@ -22,22 +22,21 @@ class Numerics:
 
     dtype: torch.dtype
     device: torch.device
+    scaler: torch.amp.GradScaler
+    """Scales the loss in fp16, whose gradients underflow otherwise (Micikevicius et al., 2018); else does nothing.
+    It belongs to the run, so that a phase boundary does not search for the scale anew."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to `dtype`, or nothing in fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    @property
-    def scales_loss(self) -> bool:
-        """fp16 gradients underflow without a scaled loss (Micikevicius et al., 2018)."""
-        return self.dtype == torch.float16
 
 
 def numerics(precision: Precision, device: torch.device) -> Numerics:
     """Raises UserError for fp16 without a GPU."""
     if precision == "fp16" and device.type != "cuda":
         raise UserError("--train.precision fp16 needs a GPU: use bf16 or fp32 here")
-    return Numerics(DTYPES[precision], device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return Numerics(DTYPES[precision], device, scaler)
 
 
 class Engine(Protocol):
@@ -59,7 +58,7 @@ class Engine(Protocol):
         ...
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Carry state over by name; parameters not in it start fresh."""
+        """Take state over by name, from an engine that is no more; parameters not in it start fresh."""
         ...
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tldist.config import OptimConfig
@@ -27,7 +26,7 @@ class SingleEngine:
         self.config = config
         self.numerics = numerics
         self.optimizer = build_optimizer(parameter_groups(objective.parameters_by_stage(), phase, config), config)
-        self.scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.scales_loss)
+        self.scaler = numerics.scaler
         self.module = self.wrap(objective)
 
     def wrap(self, objective: Objective) -> nn.Module:
@@ -57,9 +56,9 @@ class SingleEngine:
         return read_state(self.optimizer)
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Copies of `state`, for the parameters this engine trains."""
+        """For the parameters this engine trains."""
         load_state(self.optimizer, state)
 
     def close(self) -> None:
-        """Drop gradients, so that frozen-again parameters keep none."""
+        """Drop gradients, so that parameters that freeze again keep none."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -190,18 +190,17 @@ class Console:
 def follow(path: Path, console: Console, alive: Callable[[], bool], poll_s: float = 0.2, offset: int = 0) -> bool:
     """Feed `console` with the rows of `path` as they are written; True once an `end` row was seen.
 
-    The file may not exist yet. Ends early, with whatever was written, when `alive()` turns false. `offset` is
-    the byte to start at: the file's size before a resumed run appends to it.
+    Goes on until `alive()` is false and all is read: a notice may follow the `end` row. The file may not exist
+    yet. `offset` is the byte to start at: the file's size before a resumed run appends to it.
     """
-    tail = _Tail(path, offset)
+    tail, ended = _Tail(path, offset), False
     while True:
         running = alive()  # asked before reading: rows written just before the end are still read
         for row in tail.rows(final=not running):
             console.feed(row)
-            if row.get("event") == "end":
-                return True
+            ended |= row.get("event") == "end"
         if not running:
-            return False
+            return ended
         time.sleep(poll_s)
 
 

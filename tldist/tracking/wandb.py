@@ -35,7 +35,6 @@ _MODES = {"run": "online", "shared": "online", "dryrun": "offline"}
 _SECTIONS = {
     "images_per_s": "throughput/images_per_s",
     "data_wait_share": "throughput/data_wait_share",
-    "mfu": "throughput/mfu",
     "peak_mem_gib": "memory/peak_gib",
     "phase": "phase",
     "epoch": "epoch",
@@ -52,7 +51,7 @@ class WandbSink:
         self._queue: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
         self._trouble: str | None = None
         self._told = False
-        self._summary: Row = {}
+        self._exit_code = 0
         # A resumed online run starts where the server's history ends; W&B steps never go backwards.
         self._last_step = int(run.step or 0)
         self._thread = threading.Thread(target=self._drain, name="wandb-sink", daemon=True)
@@ -105,9 +104,9 @@ class WandbSink:
                 self._trouble = "it takes no more rows"
         self._tell()
 
-    def close(self, summary: Mapping[str, Any] | None = None) -> None:
-        """Write the summary and finish the run: at most `FINISH_TIMEOUT_S` and a few seconds."""
-        self._summary = dict(summary or {})
+    def close(self, failed: bool = False) -> None:
+        """Finish the run, as failed where it did: at most `FINISH_TIMEOUT_S` and a few seconds."""
+        self._exit_code = int(failed)
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=1)
         # A queue that overflowed belongs to a wandb-core that hangs: no point in waiting for it.
@@ -128,8 +127,7 @@ class WandbSink:
         try:
             while (event := self._queue.get()) is not None:
                 self._log(event)
-            self._run.summary.update(_plain(self._summary))
-            self._run.finish()
+            self._run.finish(exit_code=self._exit_code)
         except Exception as error:
             self._trouble = self._trouble or _brief(error)
         # finish() returns up to a second before the file is written; the end of wandb-core waits for it.

@@ -179,7 +179,7 @@ def test_follow_waits_for_the_file_and_for_the_other_half_of_a_line(tmp_path: Pa
     writer = threading.Thread(target=write)
     console = Recorder()
     writer.start()
-    assert follow(path, console, lambda: True, poll_s=0.01)
+    assert follow(path, console, writer.is_alive, poll_s=0.01)
     writer.join()
     assert console.rows == synthetic_run.rows(Shape())
 
@@ -212,7 +212,7 @@ def test_follow_can_start_behind_an_earlier_attempt(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"event":"notice","text":"resumed"}\n{"event":"end"}\n')
     console = Recorder()
-    assert follow(path, console, lambda: True, offset=offset)
+    assert follow(path, console, lambda: False, offset=offset)
     assert [row["event"] for row in console.rows] == ["notice", "end"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -271,3 +272,22 @@ def _report(parts: Run) -> None:
     except Exception as error:
         logging.getLogger("tldist").exception("report")
         parts.log.write("notice", text=f"report.html could not be written: {error}")
+
+
+def main() -> None:
+    """`torchrun --nproc-per-node N -m tldist.worker CONFIG.yaml`: a run without Ray; the config names its run_dir."""
+    if len(sys.argv) != 2:
+        sys.exit("usage: torchrun --nproc-per-node N -m tldist.worker CONFIG.yaml")
+    try:
+        settings = config.load(Path(sys.argv[1]))
+        if not settings.run_dir:
+            raise UserError(f"{sys.argv[1]} names no run_dir: add a line run_dir: FOLDER")
+        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
+        run(config.to_json(settings))
+    except UserError as error:
+        print(f"tldist: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -35,7 +36,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
         _start(settings, run_dir, quiet)
     except UserError:
         if not (run_dir / "checkpoints").exists():
-            shutil.rmtree(run_dir)  # nothing was done in it, and the corrected command may name it again
+            _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
         raise
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
@@ -106,7 +107,7 @@ def make_run_dir(settings: RunConfig) -> Path:
     name = settings.run_dir or f"runs/{settings.recipe}-{settings.strategy.name}-{stamp}"
     run_dir = Path(name).expanduser().absolute()
     try:
-        if (run_dir / "metrics.jsonl").exists():
+        if any((run_dir / name).exists() for name in _OWN_FILES):
             raise UserError(f"{run_dir} already holds a run: choose another --run-dir")
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").touch()
@@ -115,6 +116,18 @@ def make_run_dir(settings: RunConfig) -> Path:
             f"cannot write the run directory {run_dir}: {error.strerror}; choose another --run-dir"
         ) from error
     return run_dir
+
+
+_OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl")
+
+
+def _undo(run_dir: Path) -> None:
+    """Remove what `launch` and a worker that never began wrote; anything else in the folder is not ours."""
+    for name in _OWN_FILES:
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "logs", ignore_errors=True)
+    with contextlib.suppress(OSError):
+        run_dir.rmdir()
 
 
 def _watched(start: Callable[[], Any], run_dir: Path, quiet: bool, stream: Any = None) -> None:

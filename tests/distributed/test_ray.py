@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +61,37 @@ def test_a_workers_failure_is_told_in_a_sentence(
     assert "train/ants/" in error
     assert error.count("\n") <= 2
     assert "DecodeError" in (run_dir / "logs" / "rank0.log").read_text()
+
+
+def test_ctrl_c_ends_the_run_and_its_workers(photos: Path, tmp_path: Path) -> None:
+    """Exit code 130, the last checkpoint complete, and no process of the run left behind."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "tldist_launcher.cli", *arguments(photos, run_dir), "--train.epochs", "1000"]
+    # The mark is inherited by every process Ray starts for this run, however it detaches itself.
+    mark = f"TLDIST_TEST={run_dir}"
+    environment = {**os.environ, "TLDIST_TEST": str(run_dir)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any(line.startswith("epoch 2/") for line in run.stdout)
+        assert marked(mark)
+        run.send_signal(signal.SIGINT)
+        _, error = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert error.splitlines()[-1] == "tldist: interrupted"
+    deadline = time.monotonic() + 20
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert marked(mark) == []
+    assert (run_dir / "checkpoints" / "last" / "model.safetensors").exists()
+
+
+def marked(mark: str) -> list[str]:
+    """Living processes with `mark` in their environment."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:100])
+        except OSError:
+            continue
+    return found

@@ -108,6 +108,10 @@ def test_a_mistake_found_late_leaves_no_run_directory(
         ["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)], capsys
     )
     assert not run_dir.exists()
+    run_dir.mkdir()
+    (run_dir / "mine.txt").touch()
+    said(["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)], capsys)
+    assert [path.name for path in run_dir.iterdir()] == ["mine.txt"]
 
 
 def test_more_workers_than_the_machine_has(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,8 +57,7 @@ def test_a_workers_failure_is_told_in_a_sentence(
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert main(arguments(root, run_dir)) == 1
     error = capfd.readouterr().err
-    assert "cannot decode one of" in error
-    assert "train/ants/" in error
+    assert "cannot decode train/ants/" in error
     assert error.count("\n") <= 2
     assert "DecodeError" in (run_dir / "logs" / "rank0.log").read_text()
 

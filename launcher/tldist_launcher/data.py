@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def fetch_command(words: Sequence[str]) -> int:
         raise UserError("say where to write the images: --root DIR")
     source = Path(flags["--from"]).expanduser() if flags["--from"] else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"fetching {name}", total=None)
         folder = fetch(
             name,
@@ -42,7 +43,7 @@ def check_command(words: Sequence[str]) -> int:
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError("name one folder: tldist data check ROOT")
     columns = (TextColumn("looking at images"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("check", total=None)
         index = build_index(Path(words[0]).expanduser(), progress=lambda n, of: bar.update(task, completed=n, total=of))
     _print_index(index)

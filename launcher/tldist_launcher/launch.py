@@ -78,6 +78,7 @@ def preflight(settings: RunConfig) -> Index:
     """Find the user's mistakes in seconds, before workers are started: machine, plan, data, weights."""
     settings.validate()
     _check_machine(settings)
+    _check_ray(settings)
     loader_kind(settings.data)
     build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
     index = worker.data_index(settings)
@@ -86,9 +87,12 @@ def preflight(settings: RunConfig) -> Index:
     return index
 
 
-def _check_machine(settings: RunConfig) -> None:
+def _check_ray(settings: RunConfig) -> None:
     if launch_kind(settings) == "ray" and importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed: pip install 'ray[train]', or use --launch.workers 1 --launch.kind local")
+
+
+def _check_machine(settings: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # the cluster's machines decide, see tldist_launcher.ray and the workers
     gpus, cores = torch.cuda.device_count(), dist.cores()

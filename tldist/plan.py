@@ -49,11 +49,6 @@ class Plan:
         """The epoch (from 0) at which phase `index` starts."""
         return sum(phase.epochs for phase in self.phases[:index])
 
-    def phase_at(self, epoch: int) -> int:
-        """Index of the phase that epoch (from 0) belongs to; the number of phases once all are over."""
-        ends = (self.first_epoch(i) + phase.epochs for i, phase in enumerate(self.phases))
-        return next((i for i, end in enumerate(ends) if epoch < end), len(self.phases))
-
     def cut(self, index: int) -> int:
         """Where phase `index` cuts the model: the position of its first trainable stage."""
         return min(self.stages.index(stage) for stage in self.phases[index].trainable)

@@ -35,8 +35,8 @@ def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epoch
         assert phase.epochs > 0
         assert phase.trainable == STAGES[made.cut(index) :]
         assert phase.multiple("head") > 0
-    assert [made.phase_at(e) for e in range(epochs)] == [
-        i for i, phase in enumerate(made.phases) for _ in range(phase.epochs)
+    assert [made.first_epoch(i) for i in range(len(made.phases))] == [
+        sum(phase.epochs for phase in made.phases[:i]) for i in range(len(made.phases))
     ]
 
 
@@ -82,10 +82,8 @@ class TestSchedule:
     def factors(self, made: Plan, **options: object) -> list[float]:
         config = OptimConfig(**options)  # type: ignore[arg-type]
         steps = 10
-        return [
-            schedule_factor(config, made, made.phase_at(step // steps), step, steps)
-            for step in range(made.epochs * steps)
-        ]
+        phases = [i for i, phase in enumerate(made.phases) for _ in range(phase.epochs * steps)]
+        return [schedule_factor(config, made, phase, step, steps) for step, phase in enumerate(phases)]
 
     def test_warmup_rises_then_cosine_falls_to_its_end(self) -> None:
         values = self.factors(plan("full", 10), warmup_epochs=1.0, final_lr=0.1)

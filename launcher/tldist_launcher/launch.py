@@ -109,7 +109,7 @@ def make_run_dir(settings: RunConfig) -> Path:
     """The run directory, fresh: --run-dir, or runs/RECIPE-STRATEGY-TIME."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = settings.run_dir or f"runs/{settings.recipe}-{settings.strategy.name}-{stamp}"
-    run_dir = Path(name).expanduser().absolute()
+    run_dir = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
     try:
         if any((run_dir / name).exists() for name in _OWN_FILES):
             raise UserError(f"{run_dir} already holds a run: choose another --run-dir")

@@ -34,6 +34,10 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS") and _has_token():
+        # `ray start` asks for a token where one exists, but a driver offers it only when told to; a cluster
+        # without authentication takes a driver that offers one.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     with chatter_to(Path(settings.run_dir) / "logs" / "ray.log") as terminal:
         import ray
 
@@ -48,12 +52,20 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
 
 
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or Path("~/.ray/auth_token").expanduser().is_file()
+
+
 def _connect(settings: RunConfig) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    if address := os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            raise UserError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {error}") from error
     else:
         # address="local": a cluster that somebody else left running on this machine is not ours to join.
         ray.init(address="local", num_cpus=settings.launch.workers, include_dashboard=False, **quiet)

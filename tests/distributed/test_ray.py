@@ -6,10 +6,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +45,48 @@ def test_two_workers_on_ray(photos: Path, tmp_path: Path, capfd: pytest.CaptureF
     assert (run_dir / "checkpoints" / "best" / "model.safetensors").exists()
     assert (run_dir / "report.html").exists()
     assert len(list((run_dir / "wandb").glob("offline-run-*"))) == 1
+
+
+def test_an_existing_cluster(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At RAY_ADDRESS, with token authentication, from another folder, paths relative; the cluster lives on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    token = tmp_path / "token"
+    token.write_text("f" * 64)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    head = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
+    head += ["--num-cpus=2", "--include-dashboard=false", "--node-ip-address=127.0.0.1", f"--temp-dir={_short()}"]
+    train = [sys.executable, "-m", "tldist_launcher.cli", *arguments(Path("photos"), Path("run"))]
+    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    (tmp_path / "photos").symlink_to(photos)
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(head, env={**os.environ, "RAY_AUTH_MODE": "token"}, **quiet) as cluster:
+        try:
+            _wait_for(port)
+            done = subprocess.run(train, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            assert cluster.poll() is None
+        finally:
+            cluster.terminate()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["world_size"], summary["replica_spread"]) == (2, 0.0)
+
+
+def _short() -> str:
+    """Ray's sockets live in its temp dir, and a socket's path may have 107 characters only."""
+    return tempfile.mkdtemp(prefix="ray")
+
+
+def _wait_for(port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError("the Ray cluster did not start")
 
 
 def test_a_workers_failure_is_told_in_a_sentence(

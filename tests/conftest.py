@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-# One image folder cache per test session, none of the user's.
+# No run of the tests may reach a W&B account.
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

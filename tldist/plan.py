@@ -39,6 +39,8 @@ class Plan:
 
     stages: tuple[str, ...]
     phases: tuple[Phase, ...]
+    pretrained: bool = True
+    """Does it start from the configured weights?"""
 
     @property
     def epochs(self) -> int:
@@ -57,7 +59,8 @@ class Plan:
 def build_plan(config: StrategyConfig, stages: Sequence[str], epochs: int) -> Plan:
     """The plan of a strategy over `stages` (input to output, head last). Raises UserError if it cannot fit."""
     stages = tuple(stages)
-    return Plan(stages, tuple(_BUILDERS[config.name](config, stages, epochs)))
+    phases = tuple(_BUILDERS[config.name](config, stages, epochs))
+    return Plan(stages, phases, pretrained=config.name not in _WITHOUT_WEIGHTS)
 
 
 def _tail(
@@ -129,6 +132,7 @@ def _trainable_count(config: StrategyConfig, stages: Sequence[str]) -> int:
     return config.trainable_stages
 
 
+_WITHOUT_WEIGHTS = frozenset({"scratch"})
 _BUILDERS: dict[str, Callable[[StrategyConfig, Sequence[str], int], list[Phase]]] = {
     "scratch": _scratch,
     "feature_extraction": _feature_extraction,

@@ -86,17 +86,18 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
     numbers = numerics(settings.train.precision, device)
     index = shared_index(settings)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
+    plan = build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
     model = backbones.build(
         settings.model,
         len(index.classes),
         data.image_size,
         settings.seed,
-        pretrained=settings.strategy.name != "scratch",
+        pretrained=plan.pretrained,
     ).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Run(
         config=settings,
-        plan=build_plan(settings.strategy, tuple(model.stages), settings.train.epochs),
+        plan=plan,
         model=model,
         index=index,
         train_loader=open_loader(data, PRESETS[data.augment], share, device),

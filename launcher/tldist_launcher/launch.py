@@ -80,9 +80,9 @@ def preflight(settings: RunConfig) -> Index:
     _check_machine(settings)
     _check_ray(settings)
     loader_kind(settings.data)
-    build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
+    plan = build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
     index = worker.data_index(settings)
-    if settings.strategy.name != "scratch":
+    if plan.pretrained:
         backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)
     return index
 

@@ -31,6 +31,7 @@ def plan(name: StrategyName, epochs: int = 12, **options: float) -> Plan:
 def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epochs: int) -> None:
     made = plan(name, epochs)
     assert made.epochs == epochs
+    assert made.pretrained == (name != "scratch")
     for index, phase in enumerate(made.phases):
         assert phase.epochs > 0
         assert phase.trainable == STAGES[made.cut(index) :]

@@ -18,7 +18,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.backbones", "tldist.plan"),
     ("tldist.optim", "tldist.objectives"),
     ("tldist.data",),
-    ("tldist.prefix", "tldist.engine", "tldist.checkpoint", "tldist.metrics", "tldist.tracking"),
+    ("tldist.prefix", "tldist.engine", "tldist.checkpoint", "tldist.flops", "tldist.metrics", "tldist.tracking"),
     ("tldist.evaluate", "tldist.plots", "tldist.recipes"),
     ("tldist.fit", "tldist.report"),
     ("tldist.worker",),

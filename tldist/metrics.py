@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -108,11 +110,31 @@ class ThroughputClock:
             torch.cuda.synchronize(self.device)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak for `peak_memory_gib`. Where the system does not allow it, the old peak goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS: proc(5)
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """This worker's peak so far: allocated device memory, or resident memory on the CPU. No device sync."""
+    """This worker's peak since the last reset: allocated device memory, or resident memory on the CPU. No device sync.
+
+    Without Linux's /proc the peak is of the whole process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (_resident_peak_kib() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+
+
+def _resident_peak_kib() -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
 def count_parameters(named: dict[str, Tensor]) -> int:

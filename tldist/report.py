@@ -112,6 +112,7 @@ def write_report(run_dir: Path, data_root: Path | None = None) -> Path:
         Section("Training", pictures=drawn.all([("loss", plots.loss(log)), ("top1", plots.top1(log))])),
         Section("Learning rate and throughput", pictures=_speed_pictures(drawn, log)),
         _plan(log),
+        _phases(log),
         _predictions(drawn, log, data_root or _data_root(log)),
         Section("Notices", lines=log.notices),
         Section("Environment", table=_environment(log)),
@@ -207,6 +208,7 @@ def _facts(log: RunLog) -> list[Fact]:
         Fact("validation top-1", _percent(number(s, "val_top1"))),
         Fact("best", _percent(number(s, "best_val_top1"))),
         Fact("images/s", wording.rate(number(s, "images_per_s"))),
+        Fact("MFU", _percent(number(s, "mfu")), wording.peak(s)),
         Fact("waiting for data", wording.percent(number(s, "data_wait_share"), 1)),
         Fact("trainable", wording.count(number(s, "trainable_params")), "parameters, last phase"),
         Fact("total", wording.count(number(s, "total_params")), "parameters"),
@@ -238,6 +240,44 @@ def _plan(log: RunLog) -> Section:
         rows.append(head + [_rate_cell(number(_rates(phase), stage)) for stage in stages])
     table = Table(["phase", "epochs", "trainable", *stages], rows) if rows else None
     return Section("Plan", text="Peak learning rate of each stage, from input to output.", table=table)
+
+
+PHASE_COLUMNS: dict[str, tuple[str, Callable[[float | None], str]]] = {
+    "epochs": ("epochs", wording.count),
+    "images/s": ("images_per_s", wording.rate),
+    "GFLOP/image": ("gflops_per_image", wording.rate),
+    "TFLOP/s": ("tflops_per_s", wording.rate),
+    "MFU": ("mfu", _percent),
+    "data wait": ("data_wait_share", _percent),
+    "peak memory": ("peak_mem_gib", wording.gib),
+    "compile": ("compile_s", wording.seconds),
+    "cache fill": ("cache_fill_s", wording.seconds),
+}
+"""The phases' columns: heading, key of an entry of `per_phase`, how it is written."""
+PAID_ONCE = ("compile_s", "cache_fill_s")
+"""Columns in which 0.0 means that nothing was done."""
+
+
+def _phases(log: RunLog) -> Section:
+    """What each phase came to; columns that no phase has a value for are left out."""
+    values = {
+        name: [(number(phase, key) or None) if key in PAID_ONCE else number(phase, key) for phase in log.per_phase]
+        for name, (key, _) in PHASE_COLUMNS.items()
+    }
+    shown = [name for name, column in values.items() if any(value is not None for value in column)]
+    rows = []
+    for i, phase in enumerate(log.per_phase):
+        cells = [Cell(PHASE_COLUMNS[name][1](values[name][i]), "number") for name in shown]
+        rows.append([Cell(f"{i + 1}. {phase.get('name', '')}", "name"), *cells])
+    text = f"TFLOP/s: of all workers, for what the model needs. MFU: {_peak(log)}." if "MFU" in shown else ""
+    return Section("Phases", text, table=Table(["phase", *shown], rows) if rows else None)
+
+
+def _peak(log: RunLog) -> str:
+    """`of the measured conv peak, 1.05 TFLOP/s per worker`."""
+    known = log.summary.get("peak_flops")
+    tflops = number(known, "tflops") if isinstance(known, dict) else None
+    return wording.peak(log.summary) + (f", {wording.rate(tflops)} TFLOP/s per worker" if tflops else "")
 
 
 def _rates(phase: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ PARAMS = {
     "layer1": 147_968,
     "stem": 9536,
 }
+GFLOPS = (3.63, 5.15, 6.67)
+"""Per image, phase by phase."""
+ADDED = ("gflops_per_image", "tflops_per_s", "mfu", "compile_s", "cache_fill_s", "peak_flops")
+"""What runs from before FLOPs were counted lack."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Shape:
     world_size: int = 2
     best: float = 0.94
     images_per_s: float = 240.0
+    peak: tuple[float, str] = (1.05, "measured")
+    """TFLOP/s of a worker, and where the figure is from."""
     seed: int = 0
 
 
@@ -55,6 +61,16 @@ def rows(shape: Shape) -> list[Row]:
                 found.append(_train_row(shape, epoch, step))
         found.append(_eval_row(shape, epoch + 1))
     return [*found, {"event": "notice", "time": _time(shape, 0), "text": "1 image skipped"}, _end_row(shape)]
+
+
+def as_before(row: Row) -> Row:
+    """`row` as a run wrote it before FLOPs were counted."""
+    kept = {key: value for key, value in row.items() if key not in ADDED}
+    if "per_phase" in kept:
+        kept["per_phase"] = [as_before(phase) for phase in kept["per_phase"]]
+        for phase in kept["per_phase"]:
+            del phase["peak_mem_gib"]
+    return kept
 
 
 def write(run_dir: Path, shape: Shape | None = None, data_root: Path | None = None) -> Path:
@@ -96,6 +112,13 @@ def _name(phase: int) -> str:
 
 def _phase(shape: Shape, epoch: int) -> int:
     return sum(epoch >= start for start in shape.phase_starts) - 1
+
+
+def _speed(shape: Shape, phase: int, images_per_s: float) -> Row:
+    """A phase's rates at so many images per second."""
+    tflops = images_per_s * GFLOPS[phase] / 1e3
+    share = tflops / (shape.world_size * shape.peak[0]) if shape.peak[0] else None
+    return {"images_per_s": images_per_s, "tflops_per_s": tflops, "mfu": share}
 
 
 def _time(shape: Shape, step: int) -> float:
@@ -144,6 +167,9 @@ def _phase_row(shape: Shape, epoch: int) -> Row:
         "epoch": epoch,
         "step": step,
         "trainable_params": _trainable(shape, phase),
+        "gflops_per_image": GFLOPS[phase],
+        "compile_s": 0.0,
+        "cache_fill_s": 4.2 if phase == 0 else 0.0,
     }
 
 
@@ -163,7 +189,7 @@ def _train_row(shape: Shape, epoch: int, step: int) -> Row:
         "loss": 0.25 + 0.5 * math.exp(-step / 20) + 0.02 * noise[0],
         "top1": min(shape.best - 0.35 * math.exp(-step / 15) + 0.02 * noise[1], 1.0),
         "lr": {stage: peak * cosine for stage, peak in peaks.items() if peak},
-        "images_per_s": shape.images_per_s * (1 - 0.12 * phase) + 4 * noise[2],
+        **_speed(shape, phase, shape.images_per_s * (1 - 0.12 * phase) + 4 * noise[2]),
         "data_wait_share": 0.02 + 0.01 * abs(noise[0]),
         "peak_mem_gib": 1.2 + 0.3 * phase,
         "a_key_from_the_future": [1, 2],
@@ -199,11 +225,13 @@ def _end_row(shape: Shape) -> Row:
         "seed": shape.seed,
         "epochs": shape.epochs,
         "phases": len(shape.phase_starts),
+        "per_phase": [_phase_summary(shape, phase) for phase in range(len(shape.phase_starts))],
         "train_images": 244,
         "val_images": 153,
         "val_top1": last["val_top1"],
         "best_val_top1": last["best_val_top1"],
-        "images_per_s": shape.images_per_s,
+        **_speed(shape, 0, shape.images_per_s),
+        "peak_flops": {"tflops": shape.peak[0], "source": shape.peak[1]},
         "data_wait_share": 0.021,
         "trainable_params": _trainable(shape, len(shape.phase_starts) - 1),
         "total_params": TOTAL_PARAMS,
@@ -212,6 +240,22 @@ def _end_row(shape: Shape) -> Row:
         "wall_s": 48.2,
         "resumed_from": None,
         "wandb_run_id": "abc123",
+    }
+
+
+def _phase_summary(shape: Shape, phase: int) -> Row:
+    begun = _phase_row(shape, shape.phase_starts[phase])
+    ends = [*shape.phase_starts[1:], shape.epochs]
+    return {
+        "name": begun["name"],
+        "epochs": ends[phase] - shape.phase_starts[phase],
+        "trainable_params": begun["trainable_params"],
+        **_speed(shape, phase, shape.images_per_s * (1 - 0.12 * phase)),
+        "data_wait_share": 0.021,
+        "gflops_per_image": begun["gflops_per_image"],
+        "peak_mem_gib": 1.2 + 0.3 * phase,
+        "compile_s": begun["compile_s"],
+        "cache_fill_s": begun["cache_fill_s"],
     }
 
 

@@ -22,6 +22,7 @@ from synthetic_run import Shape
 
 from tldist.tracking.console import Console, follow
 
+ROWS = synthetic_run.rows(Shape())
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -96,6 +97,19 @@ def test_the_closing_table() -> None:
     assert cells["replica spread"] == "0 (identical)"
     assert cells["time"] == "0:48"
     assert cells["val top-1"] == "0.946"
+    assert cells["images/s"] == "240, MFU 41.5 % of the measured conv peak"
+    assert len(cells) == 11
+
+
+@pytest.mark.parametrize(
+    ("peak", "speed"), [((2.1, "table"), "240, MFU 20.7 %"), ((0.0, "unknown"), "240"), (None, "240")]
+)
+def test_the_closing_table_s_mfu_depends_on_what_is_known_of_the_peak(
+    peak: tuple[float, str] | None, speed: str
+) -> None:
+    rows = synthetic_run.rows(Shape(peak=peak)) if peak else list(map(synthetic_run.as_before, ROWS))
+    cells = dict(re.findall(r"│ (\S.*?) +│ (.*?) +│", "\n".join(plain(rows))))
+    assert cells["images/s"] == speed
     assert len(cells) == 11
 
 

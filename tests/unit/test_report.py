@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +104,74 @@ def test_key_figures_plan_and_environment_are_told(whole: tuple[Path, Page]) -> 
     for expected in ("2. +layer4", "frozen", "0.0003", "9e-05", "torch.version", "2.11.0", "1 image skipped"):
         assert expected in text
     assert "not finished" not in text
+
+
+def rows_of(page: Page, section: str) -> list[list[str]]:
+    """The cells of a section's table, row by row, its heading first."""
+    table = page.source.split(f"<h2>{section}</h2>")[1].split("</table>")[0]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+
+
+def test_phases_are_tabled_with_what_each_cost(whole: tuple[Path, Page]) -> None:
+    heading, *phases = rows_of(whole[1], "Phases")
+    # Nothing was compiled: no column for it.
+    assert heading[:5] == ["phase", "epochs", "images/s", "GFLOP/image", "TFLOP/s"]
+    assert heading[5:] == ["MFU", "data wait", "peak memory", "cache fill"]
+    assert phases[0] == ["1. head", "3", "240", "3.63", "0.871", "41.5 %", "2.1 %", "1.20 GiB", "4.2 s"]
+    assert phases[2] == ["3. +layer3", "4", "182", "6.67", "1.22", "57.9 %", "2.1 %", "1.80 GiB", "-"]
+
+
+@pytest.mark.parametrize(
+    ("peak", "share", "of"),
+    [
+        ((1.05, "measured"), "41.5 %", "of the measured conv peak"),
+        ((2.1, "table"), "20.7 %", "of the data sheet&#39;s peak"),
+    ],
+)
+def test_the_mfu_says_of_which_peak_it_is(peak: tuple[float, str], share: str, of: str, tmp_path: Path) -> None:
+    page = Page(write_report(synthetic_run.write(tmp_path / "run", Shape(peak=peak))))
+    assert re.search(rf"<dt>MFU</dt><dd>{share}<small>{of}</small>", page.source)
+    assert f"MFU: {of}, {peak[0]} TFLOP/s per worker." in page.source
+
+
+def test_without_a_known_peak_there_is_no_mfu(tmp_path: Path) -> None:
+    page = Page(write_report(synthetic_run.write(tmp_path / "run", Shape(peak=(0.0, "unknown")))))
+    assert "MFU" not in page.text
+    assert "TFLOP/s" in rows_of(page, "Phases")[0]
+
+
+def rewrite(run_dir: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    """Replace each row of metrics.jsonl by what `change` makes of it; None drops it."""
+    path = run_dir / "metrics.jsonl"
+    changed = [change(json.loads(line)) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed if row is not None))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_from_before_flops_were_counted_still_has_its_page(finished: bool, tmp_path: Path) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run")
+    rewrite(run_dir, lambda row: synthetic_run.as_before(row) if finished or row["event"] != "end" else None)
+    page = Page(write_report(run_dir))
+    assert_self_contained(page)
+    heading, *phases = rows_of(page, "Phases")
+    assert heading == ["phase", "epochs", "images/s", "data wait"]
+    assert [row[:2] for row in phases] == [["1. head", "3"], ["2. +layer4", "3"], ["3. +layer3", "4"]]
+    assert "FLOP" not in page.text
+    assert "MFU" not in page.text
+
+
+def test_a_crashed_run_tells_its_phases_from_its_rows(tmp_path: Path) -> None:
+    run_dir = synthetic_run.write(tmp_path / "run")
+    rewrite(run_dir, lambda row: row if row.get("step", 0) <= 30 and row["event"] != "end" else None)
+    first, second = read(run_dir).per_phase
+    assert [first["name"], first["epochs"], first["cache_fill_s"]] == ["head", 3, 4.2]
+    assert first["images_per_s"] == pytest.approx(240, abs=8)
+    assert first["tflops_per_s"] == pytest.approx(240 * 3.63 / 1e3, rel=0.04)
+    assert first["mfu"] == pytest.approx(0.415, abs=0.02)
+    # One of its three epochs, and two steps.
+    assert [second["name"], second["epochs"], second["peak_mem_gib"]] == ["+layer4", 1, 1.5]
+    page = Page(write_report(run_dir))
+    assert page.source.count("of a peak that is not on record") == 2
 
 
 def test_mistakes_are_marked_and_come_with_what_was_said(whole: tuple[Path, Page]) -> None:
@@ -260,6 +330,10 @@ def test_a_comparison_tables_every_run_and_marks_the_best(tmp_path: Path) -> Non
         (wording.spread(0.17, 2), "1.7e-01 (workers differ)"),
         (wording.rate(240.1), "240"),
         (wording.rate(3.14159), "3.14"),
+        (wording.seconds(12.34), "12.3 s"),
+        (wording.seconds(None), "-"),
+        (wording.mfu({}), "-"),
+        (wording.mfu({"mfu": 0.412, "peak_flops": {"source": "table"}}), "41.2 %"),
     ],
 )
 def test_wording(written: str, expected: str) -> None:

@@ -74,12 +74,25 @@ def service_pid() -> int:
 def test_history_summary_and_config_arrive(tmp_path: Path) -> None:
     sink, said = opened(tmp_path)
     sink.write({"event": "run", "classes": ["ants", "bees"], "world_size": 2})
-    sink.write({"event": "phase", "phase": 0, "name": "head", "epoch": 0, "step": 0, "trainable_params": 1026})
+    sink.write(
+        {
+            "event": "phase",
+            "phase": 0,
+            "name": "head",
+            "epoch": 0,
+            "step": 0,
+            "trainable_params": 1026,
+            "gflops_per_image": 3.6,
+            "compile_s": 0.0,
+        }
+    )
     for step in range(1, 41):
-        sink.write(train(step))
+        sink.write(train(step, tflops_per_s=1.5, mfu=0.4 if step > 1 else None))
     sink.write({"event": "eval", "epoch": 4, "step": 40, "val_loss": 0.3, "val_top1": 0.9, "best_val_top1": 0.95})
     sink.write({"event": "notice", "text": "not for W&B"})
-    sink.write({"event": "end", "val_top1": 0.9, "wall_s": 12.5, "images_per_s": 99.0})
+    phases = [{"name": "head", "mfu": 0.4, "compile_s": 0.0}, {"name": "+layer4", "mfu": None, "gflops_per_image": 5.1}]
+    end = {"event": "end", "val_top1": 0.9, "wall_s": 12.5, "images_per_s": 99.0, "tflops_per_s": 1.4, "mfu": 0.39}
+    sink.write(end | {"per_phase": phases, "peak_flops": {"tflops": 1.05, "source": "measured"}})
     sink.close()
 
     (stored,) = read(tmp_path)
@@ -90,11 +103,18 @@ def test_history_summary_and_config_arrive(tmp_path: Path) -> None:
     assert stored.config["run"] == {"classes": ["ants", "bees"], "world_size": 2}
     assert [row["_step"] for row in stored.history] == list(range(41))
     assert stored.history[0]["phase/trainable_params"] == 1026
+    assert stored.history[0]["phase/gflops_per_image"] == 3.6
+    assert [row.get("throughput/mfu") for row in stored.history[1:3]] == [None, 0.4]
+    assert stored.history[1]["throughput/tflops_per_s"] == 1.5
     assert [row["train/loss"] for row in stored.history[1:]] == [1 / step for step in range(1, 41)]
     expected = {"lr/layer4": 1e-4, "lr/head": 1e-3, "throughput/images_per_s": 100.0, "memory/peak_gib": 0.5}
     expected |= {"phase": 0, "epoch": 4, "val/loss": 0.3, "val/top1": 0.9, "val/best_top1": 0.95}
     assert expected.items() <= stored.history[-1].items()
-    assert {"val_top1": 0.9, "wall_s": 12.5, "images_per_s": 99.0}.items() <= stored.summary.items()
+    summary = {"val_top1": 0.9, "wall_s": 12.5, "images_per_s": 99.0, "tflops_per_s": 1.4, "mfu": 0.39}
+    summary |= {"per_phase/1_head/mfu": 0.4, "per_phase/2_layer4/gflops_per_image": 5.1}
+    assert summary.items() <= stored.summary.items()
+    assert stored.summary["peak_flops"] == {"tflops": 1.05, "source": "measured"}
+    assert not {"per_phase", "per_phase/2_layer4/mfu"} & stored.summary.keys()
 
 
 def test_rows_of_the_same_step_share_a_history_row_and_steps_never_go_back(tmp_path: Path) -> None:

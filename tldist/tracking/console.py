@@ -262,6 +262,12 @@ def _size(row: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _speed(row: dict[str, Any]) -> str:
+    """`240, MFU 41.2 %`; the second half where it is known."""
+    share = "" if number(row, "mfu") is None else f", MFU {wording.mfu(row)}"
+    return wording.rate(number(row, "images_per_s")) + share
+
+
 def _closing_table(row: dict[str, Any]) -> Table:
     world_size, drift = whole(row, "world_size"), number(row, "replica_spread")
     parameters = (wording.count(number(row, key)) for key in ("trainable_params", "total_params"))
@@ -271,7 +277,7 @@ def _closing_table(row: dict[str, Any]) -> Table:
         ("engine", wording.workers(row.get("engine"), world_size)),
         ("val top-1", wording.fraction(number(row, "val_top1"))),
         ("best val top-1", wording.fraction(number(row, "best_val_top1"))),
-        ("images/s", wording.rate(number(row, "images_per_s"))),
+        ("images/s", _speed(row)),
         ("data wait", wording.percent(number(row, "data_wait_share"), 1)),
         ("parameters", "{} trainable of {}".format(*parameters)),
         ("replica spread", wording.spread(drift, world_size)),

@@ -43,6 +43,11 @@ class RunLog:
         return _rows(self.run.get("plan"))
 
     @property
+    def per_phase(self) -> list[Row]:
+        """What each phase came to, in order; phases that never began are not in it."""
+        return _rows(self.summary.get("per_phase"))
+
+    @property
     def steps_per_epoch(self) -> int | None:
         """Optimizer steps in an epoch, where the run told."""
         steps = whole(self.run, "steps_per_epoch")
@@ -94,21 +99,39 @@ def read(run_dir: Path) -> RunLog:
 def _derived(log: RunLog, rows: Sequence[Row]) -> Row:
     """The summary's numbers as the rows tell them, for a run that never got to write its own."""
     top1 = _finite(log.evals, "val_top1")
-    speed = _finite(log.train, "images_per_s")
-    waits = _finite(log.train, "data_wait_share")
     times = _finite(rows, "time")
     live = [row for row in log.phases if number(row, "trainable_params") is not None] or log.plan[:1]
     known = {
         "val_top1": top1[-1] if top1 else None,
         "best_val_top1": max(top1, default=None),
-        "images_per_s": statistics.median(speed) if speed else None,
-        "data_wait_share": statistics.fmean(waits) if waits else None,
+        **_speed(log.train),
+        "per_phase": [_phase_summary(log, row) for row in log.phases] or None,
         "replica_spread": max(_finite(log.evals, "replica_spread"), default=None),
         "peak_mem_gib": max(_finite(log.train, "peak_mem_gib"), default=None),
         "trainable_params": live[-1].get("trainable_params") if live else None,
         "wall_s": max(times) - min(times) if times else None,
     }
     return log.run | {key: value for key, value in known.items() if value is not None}
+
+
+def _speed(rows: Sequence[Row]) -> Row:
+    """Medians of the rates, the mean of the waiting; None where no row tells."""
+    medians = ("images_per_s", "tflops_per_s", "mfu")
+    known: Row = {key: statistics.median(v) if (v := _finite(rows, key)) else None for key in medians}
+    waits = _finite(rows, "data_wait_share")
+    return known | {"data_wait_share": statistics.fmean(waits) if waits else None}
+
+
+def _phase_summary(log: RunLog, phase: Row) -> Row:
+    """An entry of the summary's `per_phase`, with the epochs that came to their end."""
+    index = whole(phase, "phase")
+    train, evals = ([row for row in rows if whole(row, "phase") == index] for rows in (log.train, log.evals))
+    told = ("name", "trainable_params", "gflops_per_image", "compile_s", "cache_fill_s")
+    known = {key: phase.get(key) for key in told} | {"epochs": len(evals)} | _speed(train)
+    # Runs from before FLOPs were counted logged the peak of the whole run so far.
+    if known["gflops_per_image"] is not None:
+        known["peak_mem_gib"] = max(_finite(train, "peak_mem_gib"), default=None)
+    return known
 
 
 def _finite(rows: Sequence[Row], key: str) -> list[float]:

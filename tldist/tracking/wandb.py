@@ -11,6 +11,7 @@ import contextlib
 import netrc
 import os
 import queue
+import re
 import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ _MODES = {"run": "online", "shared": "online", "dryrun": "offline"}
 """Older names that WANDB_MODE may hold."""
 _SECTIONS = {
     "images_per_s": "throughput/images_per_s",
+    "tflops_per_s": "throughput/tflops_per_s",
+    "mfu": "throughput/mfu",
     "data_wait_share": "throughput/data_wait_share",
     "peak_mem_gib": "memory/peak_gib",
     "phase": "phase",
@@ -138,7 +141,7 @@ class WandbSink:
         if kind == "run":
             self._run.config.update({"run": _plain(event)}, allow_val_change=True)
         elif kind == "end":
-            self._run.summary.update(_plain(event))
+            self._run.summary.update(_summary(event))
         elif kind in _ROWS:
             step = int(event.get("step", self._last_step))
             if step >= self._last_step:
@@ -230,6 +233,16 @@ def _eval_row(event: Row) -> Row:
     # Not through _SECTIONS: an eval row counts finished epochs, a train row the one under way.
     numbers = _numbers(event)
     return {f"val/{key.replace('val_', '')}": value for key, value in numbers.items() if key != "phase"}
+
+
+def _summary(event: Row) -> Row:
+    """The end's values; those of a phase as `per_phase/2_layer4/mfu`, which W&B can plot where a list is only text."""
+    row = _plain(event)
+    phases = row.pop("per_phase", None)
+    for i, phase in enumerate(phases if isinstance(phases, list) else [], start=1):
+        name = re.sub(r"\W+", "_", str(phase.get("name", ""))).strip("_")
+        row |= {f"per_phase/{i}_{name}/{key}": value for key, value in _numbers(phase).items()}
+    return row
 
 
 def _predictions_row(event: Row) -> Row:

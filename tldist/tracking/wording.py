@@ -35,7 +35,7 @@ def count(value: float | None) -> str:
 
 
 def rate(value: float | None) -> str:
-    """Images per second with as many digits as mean something."""
+    """Images or TFLOPs per second, GFLOPs per image: with as many digits as mean something."""
     if value is None:
         return MISSING
     return f"{value:.0f}" if not math.isfinite(value) or abs(value) >= 100 else f"{value:.3g}"
@@ -44,6 +44,29 @@ def rate(value: float | None) -> str:
 def percent(share: float | None, digits: int = 0) -> str:
     """0.02 -> `2 %`."""
     return MISSING if share is None else f"{100 * share:.{digits}f} %"
+
+
+def seconds(value: float | None) -> str:
+    """12.34 -> `12.3 s`: what a phase pays once."""
+    return MISSING if value is None else f"{value:.1f} s"
+
+
+def mfu(row: Mapping[str, Any]) -> str:
+    """A summary's `41.2 %`, and of which peak where that is not a data sheet's."""
+    share = number(row, "mfu")
+    is_plain = share is None or _peak_source(row) == "table"
+    return percent(share, 1) if is_plain else f"{percent(share, 1)} {peak(row)}"
+
+
+def peak(row: Mapping[str, Any]) -> str:
+    """What a summary's MFU is a share of."""
+    named = {"table": "of the data sheet's peak", "measured": "of the measured conv peak"}
+    return named.get(_peak_source(row), "of a peak that is not on record")
+
+
+def _peak_source(row: Mapping[str, Any]) -> str:
+    known = row.get("peak_flops")
+    return str(known.get("source")) if isinstance(known, dict) else ""
 
 
 def fraction(value: float | None) -> str:

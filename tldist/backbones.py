@@ -6,6 +6,7 @@ tldist: `layer4.0.conv1.weight`. Files hold torchvision's own names; `StagedMode
 
 from __future__ import annotations
 
+import itertools
 import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from tldist.config import ModelConfig, UserError, nearest
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 HEAD = "head"
+NORMALISATION = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 class Segment(nn.Module):
@@ -53,9 +55,21 @@ class StagedModel(Segment):
         self.torchvision_names = {name: theirs[id(t)] for name, t in self.state_dict(keep_vars=True).items()}
 
     def cut(self, boundary: int) -> tuple[Segment, Segment]:
-        """(prefix, suffix): the stages before `boundary`, and from it on; both share this model's parameters."""
+        """(prefix, suffix): the stages before `boundary`, and from it on; both share this model's parameters.
+
+        Pooling at the entry of the suffix has nothing to learn and belongs to the prefix: what lies at the cut is
+        then (N, 512) for a ResNet-18's head, not (N, 512, 7, 7).
+        """
         items = list(self.stages.items())
-        return Segment(OrderedDict(items[:boundary])), Segment(OrderedDict(items[boundary:]))
+        before, after = items[:boundary], items[boundary:]
+        if before and after and isinstance(stage := after[0][1], nn.Sequential):
+            modules = list(stage.named_children())
+            fixed = list(itertools.takewhile(lambda item: isinstance(item[1], _FIXED), modules))
+            if fixed:
+                name = after[0][0]
+                before = [*before, (f"{name}_input", nn.Sequential(OrderedDict(fixed)))]
+                after = [(name, nn.Sequential(OrderedDict(modules[len(fixed) :]))), *after[1:]]
+        return Segment(OrderedDict(before)), Segment(OrderedDict(after))
 
     def torchvision_state(self) -> dict[str, Tensor]:
         """Parameters and buffers under torchvision's names."""
@@ -64,6 +78,17 @@ class StagedModel(Segment):
     def load_torchvision_state(self, state: Mapping[str, Tensor]) -> None:
         """Load a complete state under torchvision's names; a missing or extra name is an error."""
         self.load_state_dict({ours: state[theirs] for ours, theirs in self.torchvision_names.items()})
+
+
+class _ClassToken(nn.Module):
+    """tokens_NLD -> the class token_ND."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+_FIXED = (nn.AdaptiveAvgPool2d, nn.Flatten, _ClassToken)
+"""Modules at a head's entry without parameters, buffers or randomness."""
 
 
 class _Embed(nn.Module):
@@ -80,13 +105,6 @@ class _Embed(nn.Module):
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)
         token = self.class_token.expand(len(x), -1, -1).to(patches.dtype)
         return self.dropout(torch.cat([token, patches], dim=1) + self.pos_embedding)
-
-
-class _ClassToken(nn.Module):
-    """tokens_NLD -> the class token_ND."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, 0]
 
 
 def _resnet(net: Any) -> dict[str, nn.Module]:
@@ -121,7 +139,8 @@ def _vit(net: Any) -> dict[str, nn.Module]:
         f"blocks{i // 3 + 1}": nn.Sequential(OrderedDict((str(j), layers[j]) for j in range(i, i + 3)))
         for i in range(0, len(layers), 3)
     }
-    head = nn.Sequential(OrderedDict(ln=net.encoder.ln, token=_ClassToken(), heads=net.heads))
+    # torchvision normalises all tokens and then takes the first; one token alone is the same, 197 times cheaper.
+    head = nn.Sequential(OrderedDict(token=_ClassToken(), ln=net.encoder.ln, heads=net.heads))
     return {"embed": _Embed(net), **blocks, HEAD: head}
 
 
@@ -156,6 +175,14 @@ def _family(name: str) -> str:
 def stage_names(name: str) -> tuple[str, ...]:
     """The stages of a backbone from input to output, without building it."""
     return _STAGE_NAMES[_family(name)]
+
+
+def parameter_names(config: ModelConfig) -> dict[str, bool]:
+    """The model's parameters in network order, and whether a normalisation layer owns each; builds no weights."""
+    with torch.device("meta"):
+        model = build(config, num_classes=2, image_size=224, seed=0, pretrained=False)
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
+    return {name: isinstance(owner, NORMALISATION) for name, owner in owners.items()}
 
 
 def build(config: ModelConfig, num_classes: int, image_size: int, seed: int, pretrained: bool = True) -> StagedModel:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +28,22 @@ ModelName = Literal[
     "convnext_base",
     "vit_b_16",
 ]
-StrategyName = Literal["scratch", "feature_extraction", "partial", "full", "discriminative", "two_phase", "gradual"]
+StrategyName = Literal[
+    "scratch",
+    "feature_extraction",
+    "partial",
+    "full",
+    "discriminative",
+    "two_phase",
+    "lp_ft",
+    "gradual",
+    "by_hand",
+]
 Precision = Literal["bf16", "fp16", "fp32"]
 AugmentName = Literal["none", "basic", "lecture"]
 
-STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+STRATEGIES: tuple[StrategyName, ...] = tuple(name for name in get_args(StrategyName) if name != "by_hand")
+"""Those that need no plan from the user."""
 
 
 class UserError(ValueError):
@@ -75,16 +87,28 @@ class StrategyConfig(Section):
     """The fine-tuning strategy."""
     trainable_stages: int = 2
     """partial, and the first phase of two_phase: stages that train, counted from the output, head included."""
+    unfreeze: Literal["epochs", "plateau"] = "epochs"
+    """gradual: the next stage, top down, every --strategy.epochs-per-stage epochs, or when validation top-1 has not
+    risen by --train.min-delta for --strategy.patience epochs."""
     epochs_per_stage: int = 1
-    """gradual: epochs before the next stage is unfrozen, top down."""
+    """gradual by epochs: epochs before the next stage is unfrozen."""
+    patience: int = 2
+    """gradual on a plateau: epochs without improvement before the next stage is unfrozen."""
     backbone_lr: float = 1.0
     """Learning rate of pre-trained stages as a multiple of the head's (ignored by scratch)."""
     decay: float = 0.3
     """discriminative: each stage's rate is this times that of the stage above (lecture 5.1: 0.1 to 0.5)."""
     first_phase: float = 0.67
-    """two_phase: share of the epochs spent in the first phase (the lecture's 20 of 30)."""
+    """two_phase and lp_ft: share of the epochs spent in the first phase (the lecture's 20 of 30)."""
     second_phase_lr: float = 0.1
-    """two_phase: multiple on all learning rates once everything is unfrozen."""
+    """two_phase and lp_ft: multiple on all learning rates once everything is unfrozen."""
+    second_phase_from: Literal["last", "best"] = "last"
+    """two_phase and lp_ft: go on from the first phase's last weights, or from its best on validation."""
+    optimizer_state: Literal["carry", "reset"] = "carry"
+    """At a phase boundary: keep the moments of what trained before, or start all of them anew (ULMFiT's loop)."""
+    phases: tuple[str, ...] = ()
+    """by_hand: one '[EPOCHS:] PATTERN=MULTIPLE|frozen, ...' per phase; the first pattern that fits a parameter wins.
+    A pattern is a stage, norm (every normalisation layer), or a name with * ('layer1.0.*')."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,8 @@ class DataConfig(Section):
     """Alpha of Mixup's Beta(alpha, alpha); 0 is off. With CutMix on too, each batch draws one of the two."""
     cutmix: float = 0.0
     """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
+    mix_at: Literal["input", "cut"] = "input"
+    """Mixup of images, or of the features where the frozen prefix ends (manifold mixup, Verma et al., 2019)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """auto: DALI where it is installed, else torchvision."""
     threads: int = 0
@@ -125,14 +151,20 @@ class OptimConfig(Section):
     """Decoupled for AdamW, L2 for SGD; never on biases and normalisation parameters."""
     momentum: float = 0.9
     """SGD's momentum (Nesterov off)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over each schedule's span, after the warm-up."""
+    schedule: Literal["cosine", "constant", "cosine_restarts", "onecycle"] = "cosine"
+    """Learning rate over each phase (gradual: over the whole plan), after the warm-up."""
     warmup_epochs: float = 0.5
-    """Linear warm-up at the start of each phase, in epochs (at most half of the phase)."""
+    """Linear warm-up at the start of each phase, in epochs (at most half of the phase); onecycle rises by itself."""
     final_lr: float = 0.0
-    """Where the cosine ends, as a share of the peak."""
+    """Where a cosine ends, as a share of the peak."""
+    restart_epochs: float = 2.0
+    """cosine_restarts: length of the first cycle, in epochs (SGDR's T_0)."""
+    restart_factor: float = 2.0
+    """cosine_restarts: each cycle is this times as long as the one before (SGDR's T_mult)."""
     clip_norm: float = 1.0
     """Clip the global gradient norm at this; 0 is off."""
+    l2_sp: float = 0.0
+    """L2-SP: pull pre-trained weights towards their start with this strength, in place of weight decay; 0 is off."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +177,41 @@ class TrainConfig(Section):
     """bf16 and fp16 run under autocast with fp32 master weights; fp16 scales the loss and needs a GPU."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
-    batchnorm: Literal["train", "eval"] = "train"
-    """BatchNorm in stages that train: batch statistics, or the source's. Frozen stages are always eval."""
+    batchnorm: Literal["train", "eval", "sync"] = "train"
+    """BatchNorm in stages that train: a worker's batch statistics, the source's (eval), or those of all workers'
+    batches together (sync). Frozen stages are always eval."""
+    accumulate: int = 1
+    """Pass each worker's share of a batch through the network in this many parts: the same step in less memory."""
+    ema: float = 0.0
+    """Evaluate and save an exponential moving average of the weights with this decay (0.999, say); 0 is off."""
+    early_stop: int = 0
+    """Stop after this many epochs without improvement and restore the best weights; 0 is off."""
+    min_delta: float = 0.0
+    """Rise of validation top-1 that counts as an improvement, for early stopping and for unfreezing on a plateau."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, once per phase: of the frozen prefix, and on GPUs of what trains. auto: where the phase has
+    enough work to win the compile time back."""
+
+
+@dataclass(frozen=True)
+class CacheConfig(Section):
+    """What the frozen prefix computed, kept so that it is computed once."""
+
+    features: str = "off"
+    """off; exact: for deterministic transforms, bit for bit the uncached run; views:K: K augmented views of each
+    image, an approximation: epoch e shows view e mod K."""
+    dir: str = ""
+    """Keep the features in this folder for later runs that compute the same (default: in the run directory, and
+    removed at the end of their phase)."""
+    gib: float = 0.0
+    """Most the features may take on disk, in GiB; 0: half of what is free."""
+
+    @property
+    def views(self) -> int:
+        """Views kept of each training image; 0: no cache."""
+        if self.features == "off":
+            return 0
+        return 1 if self.features == "exact" else int(self.features.removeprefix("views:"))
 
 
 @dataclass(frozen=True)
@@ -195,6 +260,7 @@ class RunConfig(Section):
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -219,6 +285,9 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--optim.base-lr": c.optim.base_lr,
         "--strategy.backbone-lr": c.strategy.backbone_lr,
         "--strategy.second-phase-lr": c.strategy.second_phase_lr,
+        "--strategy.patience": c.strategy.patience,
+        "--optim.restart-epochs": c.optim.restart_epochs,
+        "--train.accumulate": c.train.accumulate,
     }
     not_negative = {
         "--data.mixup": c.data.mixup,
@@ -228,12 +297,17 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--optim.weight-decay": c.optim.weight_decay,
         "--optim.warmup-epochs": c.optim.warmup_epochs,
         "--optim.clip-norm": c.optim.clip_norm,
+        "--optim.l2-sp": c.optim.l2_sp,
+        "--train.early-stop": c.train.early_stop,
+        "--train.min-delta": c.train.min_delta,
+        "--cache.gib": c.cache.gib,
         "--seed": c.seed,
     }
     shares = {
         "--optim.momentum": c.optim.momentum,
         "--train.label-smoothing": c.train.label_smoothing,
         "--optim.final-lr": c.optim.final_lr,
+        "--train.ema": c.train.ema,
     }
     rules = [(not v > 0, f"{flag} is {v}: give a value above 0") for flag, v in positive.items()]
     rules += [(not v >= 0, f"{flag} is {v}: give 0 or more") for flag, v in not_negative.items()]
@@ -267,12 +341,49 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "use a larger batch or another head",
         ),
         (
+            c.train.accumulate > batch // max(workers, 1),
+            f"--train.accumulate {c.train.accumulate} is more than a worker's {batch // max(workers, 1)} images of a "
+            "step: use less, or a larger --data.batch-size",
+        ),
+        (
+            not 1 <= c.optim.restart_factor < math.inf,
+            f"--optim.restart-factor is {c.optim.restart_factor}: give 1 or more",
+        ),
+        (
+            c.optim.l2_sp > 0 and (c.strategy.name == "scratch" or c.model.weights == "none"),
+            "--optim.l2-sp pulls towards pre-trained weights, and this run starts without any: leave it out",
+        ),
+        *_cache_rules(c),
+        (
             not 0 < c.strategy.decay <= 1,
             f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1",
         ),
         (
             not 0 < c.strategy.first_phase < 1,
             f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",
+        ),
+    ]
+
+
+def _cache_rules(c: RunConfig) -> list[tuple[bool, str]]:
+    """Features can be kept only of what is the same each time."""
+    kind, mixed = c.cache.features, c.data.mixup > 0 or c.data.cutmix > 0
+    known = kind in ("off", "exact") or re.fullmatch(r"views:[1-9]\d{0,3}", kind) is not None
+    return [
+        (not known, f"--cache.features '{kind}' is not known: give off, exact or views:K (views:4, say)"),
+        (
+            kind == "exact" and c.data.augment != "none",
+            f"--cache.features exact needs the same picture in every epoch, and --data.augment {c.data.augment} draws "
+            "new ones: use --data.augment none, or views:K to keep K augmented views",
+        ),
+        (
+            kind != "off" and mixed and c.data.mix_at == "input",
+            "--cache.features keeps features of single images, and Mixup or CutMix of images needs the prefix anew for "
+            "every mixture: use --data.mix-at cut (manifold mixup), or switch mixing off",
+        ),
+        (
+            c.data.mix_at == "cut" and c.data.cutmix > 0,
+            "--data.mix-at cut mixes features, and CutMix pastes boxes of pixels: use --data.mixup there",
         ),
     ]
 

@@ -135,6 +135,11 @@ def replica_spread(tensors: Mapping[str, torch.Tensor]) -> float:
     )
 
 
+def any_worker(condition: bool, device: torch.device) -> bool:
+    """Is it so on at least one worker? The same answer on all."""
+    return largest(float(condition), device) > 0
+
+
 def largest(value: float, device: torch.device) -> float:
     """The largest of all workers' values."""
     return float(gather_rows(torch.tensor([[value]], dtype=torch.float64, device=device)).max())

@@ -13,7 +13,6 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tldist import dist
 from tldist.data.index import Split
-from tldist.data.loader import Batch
 from tldist.engine.base import Numerics
 
 
@@ -38,24 +37,18 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    network: Callable[[Tensor], Tensor],
-    batches: Iterable[Batch],
-    to_input: Callable[[Tensor], Tensor],
-    images: int,
-    numbers: Numerics,
-) -> Evaluation:
-    """`network`: images_NCHW -> logits_NC, in eval mode; `to_input`: images_NHWC uint8 -> images_NCHW.
+def evaluate(logits_of: Callable[[Any], Tensor], batches: Iterable[Any], images: int, numbers: Numerics) -> Evaluation:
+    """`batches` have `labels_N` and `ids_N`; `logits_of` makes logits_NC of one, by a network in eval mode.
 
     Raises RuntimeError unless the workers together saw each of the split's `images` exactly once.
     """
     rows = [torch.zeros(0, 5, dtype=torch.float64, device=numbers.device)]
     for batch in batches:
         with numbers.autocast():
-            logits = network(to_input(batch.images_NHWC)).float()
+            logits = logits_of(batch).float()
         confidence, predicted = logits.softmax(dim=1).max(dim=1)
         loss = F.cross_entropy(logits, batch.labels_N, reduction="none")
-        ids = torch.from_numpy(batch.plan.ids_N).to(logits.device, non_blocking=True)
+        ids = torch.from_numpy(batch.ids_N).to(logits.device, non_blocking=True)
         columns = [t.double() for t in (ids, batch.labels_N, predicted, confidence, loss)]
         rows.append(torch.stack(columns, dim=1))
     gathered = dist.gather_rows(torch.cat(rows)).cpu()

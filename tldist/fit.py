@@ -3,74 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tldist import checkpoint, dist
-from tldist.backbones import IMAGE_MEAN, IMAGE_STD, Segment, StagedModel
+from tldist.backbones import IMAGE_MEAN, IMAGE_STD
+from tldist.batchnorm import set_modes
 from tldist.checkpoint import TrainState
-from tldist.config import RunConfig
-from tldist.data.augment import PRESETS
-from tldist.data.batches import Worker, eval_batches, steps_per_epoch, train_batches
-from tldist.data.index import Index
-from tldist.data.loader import Batch, Loader
-from tldist.data.mixing import Mix, draw_mix, mixed_targets, step_generator
-from tldist.engine import Engine, Numerics, build_engine
+from tldist.data.mixing import draw_mix, mix_features, mixed_targets, step_generator
 from tldist.evaluate import Evaluation, evaluate
-from tldist.metrics import ThroughputClock, TrainMeter, Window, peak_memory_gib
-from tldist.objectives.supervised import Supervised
+from tldist.flops import mfu
+from tldist.metrics import ThroughputClock, Window, peak_memory_gib
+from tldist.objectives.base import Targets
 from tldist.optim import schedule_factor
-from tldist.plan import Phase, Plan
-from tldist.prefix import Prefix
-from tldist.tracking.events import EventLog
-from tldist_kernels import mix_normalize
+from tldist.phase import LivePhase, begin_phase
+from tldist.run import Run
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Run:
-    """The parts of a run, as `worker.run` builds them."""
-
-    config: RunConfig
-    plan: Plan
-    model: StagedModel
-    index: Index
-    train_loader: Loader
-    eval_loader: Loader
-    numbers: Numerics
-    log: EventLog
-    run_dir: Path
-
-    @property
-    def worker(self) -> Worker:
-        """This worker's place among all."""
-        return Worker(dist.rank(), dist.world_size())
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
-        return steps_per_epoch(len(self.index.train.paths), self.config.data.batch_size)
-
-
-@dataclass
-class LivePhase:
-    """What exists while one phase runs: the cut model, its engine, its clock."""
+class PhaseRecord:
+    """What is told of a phase that ended; memory and the rate are of this worker and of all, as in `Window`."""
 
     index: int
-    phase: Phase
-    prefix: Prefix
-    network: Segment
-    engine: Engine
-    clock: ThroughputClock
-    meter: TrainMeter
-
-    def logits(self, images_NCHW: Tensor) -> Tensor:
-        """The whole model, for evaluation."""
-        return self.network(self.prefix(images_NCHW))
+    epochs: int
+    window: Window
+    flops_per_image: float
+    peak_mem_gib: float
+    compile_s: float
+    cache_fill_s: float
 
 
 @dataclass
@@ -78,102 +44,116 @@ class FitResult:
     """What the loop leaves behind for the summary and the report."""
 
     state: TrainState = field(default_factory=TrainState)
-    windows: list[Window] = field(default_factory=list)
+    phases: list[PhaseRecord] = field(default_factory=list)
     best: Evaluation | None = None
     replica_spread: float = 0.0
+    restored_epoch: int | None = None
+    """The epoch whose weights the run ended with, where early stopping restored them."""
+    seconds_to_best: float = 0.0
+    """From the loop's start to the end of the best epoch: compiling, filling caches and evaluating included."""
+    started: float = field(default_factory=time.perf_counter)
 
 
 def fit(run: Run) -> FitResult:
     """Run the plan from its first phase to its last."""
     result = FitResult()
     for index in range(len(run.plan.phases)):
-        run_phase(run, index, result)
+        if not is_over(run, result.state):
+            run_phase(run, index, result)
+    if run.config.train.early_stop and result.state.best_epoch < result.state.epoch:
+        restore_best(run, result.state)
+        result.restored_epoch, result.state.val_top1 = result.state.best_epoch, result.state.best_val_top1
     return result
+
+
+def is_over(run: Run, state: TrainState) -> bool:
+    """All epochs are done, or validation has stood still for as long as early stopping waits."""
+    patience = run.config.train.early_stop
+    return state.epoch >= run.plan.epochs or 0 < patience <= state.run_plateau.stale
+
+
+def is_phase_over(run: Run, live: LivePhase, state: TrainState) -> bool:
+    """The phase has had its epochs, or stands on a plateau that ends it. Equal on all workers: so is what it reads."""
+    phase = live.phase
+    had_its_epochs = state.epoch - state.phase_epoch >= phase.epochs
+    return had_its_epochs or 0 < phase.patience <= state.phase_plateau.stale or is_over(run, state)
 
 
 def run_phase(run: Run, index: int, result: FitResult) -> None:
     """One phase, from its cut to its last epoch; what it held is freed on return, but for what `result` keeps."""
-    live = begin_phase(run, index, result)
-    for _ in range(live.phase.epochs):
-        train_epoch(run, live, result.state)
+    state = result.state
+    if run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
+        restore_best(run, state)
+    live = begin_phase(run, index, state)
+    announce_phase(run, live, state)
+    while not is_phase_over(run, live, state):
+        train_epoch(run, live, state)
         end_epoch(run, live, result)
     live.engine.close()
-    result.windows.append(live.clock.phase)
+    live.inputs.close()
+    result.phases.append(record(run, live, state.epoch - state.phase_epoch))
 
 
-def begin_phase(run: Run, index: int, result: FitResult) -> LivePhase:
-    """Cut the model, build a new engine around the live suffix, and carry optimizer state over by name."""
-    phase = run.plan.phases[index]
-    freeze(run.model, phase)
-    result.replica_spread = dist.replica_spread(run.model.state_dict())
-    frozen, network = run.model.cut(run.plan.cut(index))
-    prefix = Prefix(frozen, run.numbers.dtype)
-    objective = Supervised(network, run.config.train.label_smoothing)
-    engine = build_engine(run.config.engine, objective, phase, run.config.optim, run.numbers)
-    engine.load_optimizer_state(result.state.optimizer)
-    trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+def record(run: Run, live: LivePhase, epochs: int) -> PhaseRecord:
+    """What the phase leaves for the summary."""
+    return PhaseRecord(
+        live.index,
+        epochs,
+        live.clock.phase,
+        live.flops.total,
+        dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device),
+        live.compile_s + (live.clock.first_step_s if live.is_compiled else 0.0),
+        live.inputs.fill_s,
+    )
+
+
+def restore_best(run: Run, state: TrainState) -> None:
+    """Weights and optimizer state of the best epoch, on every worker."""
+    dist.barrier()
+    best = run.run_dir / "checkpoints" / "best"
+    run.model.load_torchvision_state(checkpoint.read_weights(best))
+    state.optimizer, state.average = checkpoint.read_optimizer(best), {}
+    dist.barrier()
+    if dist.is_main():
+        checkpoint.point(best.parent, "last", best.readlink().name)
+    run.log.write("notice", text=f"going on from the weights of epoch {state.best_epoch}, the best on validation")
+
+
+def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:
+    """Prove that the replicas agree, and say what begins."""
+    dist.replica_spread(run.model.state_dict())
     run.log.write(
         "phase",
-        phase=index,
-        name=phase.name,
-        epoch=result.state.epoch,
-        step=result.state.step,
-        trainable_params=trainable,
+        phase=live.index,
+        name=live.phase.name,
+        epoch=state.epoch,
+        step=state.step,
+        trainable_params=sum(p.numel() for p in live.network.parameters() if p.requires_grad),
+        gflops_per_image=round(live.flops.total / 1e9, 4),
+        compile_s=round(live.compile_s, 2),
+        cache_fill_s=round(live.inputs.fill_s, 2),
     )
-    device = run.numbers.device
-    return LivePhase(index, phase, prefix, network, engine, ThroughputClock(device), TrainMeter(device))
-
-
-def freeze(model: StagedModel, phase: Phase) -> None:
-    """Gradients for the phase's stages and no others; only ever called between engines."""
-    for name, stage in model.stages.items():
-        stage.requires_grad_(name in phase.trainable)
-
-
-def set_modes(network: Segment, phase: Phase, batchnorm: str) -> None:
-    """Train mode for stages that train; frozen ones are in eval mode, as is BatchNorm where the plan says so."""
-    for name, stage in network.stages.items():
-        stage.train(name in phase.trainable)
-        if batchnorm == "eval":
-            for module in stage.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-
-
-def moved_statistics(network: Segment) -> list[Tensor]:
-    """Running means and variances of the BatchNorm layers in train mode: each worker's saw other images."""
-    return [
-        statistic
-        for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        for statistic in (module.running_mean, module.running_var)
-        if statistic is not None
-    ]
 
 
 def train_epoch(run: Run, live: LivePhase, state: TrainState) -> None:
     """One pass over the training images."""
     config, steps = run.config, run.steps_per_epoch
     set_modes(live.network, live.phase, config.train.batchnorm)
-    plans = train_batches(
-        run.index.train,
-        PRESETS[config.data.augment],
-        config.data.image_size,
-        config.data.batch_size,
-        config.seed,
-        state.epoch,
-        run.worker,
-    )
     live.clock.start()
-    for epoch_step, batch in enumerate(_timed(run.train_loader.batches(plans), live.clock), start=1):
-        train_step(run, live, state.step, batch)
+    for epoch_step, batch in enumerate(_timed(live.inputs.train(state.epoch), live.clock), start=1):
+        train_step(run, live, state.step, batch, factor_at(run, live, state, state.step))
         state.step += 1
         live.clock.step(config.data.batch_size)
         if epoch_step % config.tracking.log_every == 0 or epoch_step == steps:
             log_training(run, live, state, epoch_step)
 
 
-def _timed(batches: Iterator[Batch], clock: ThroughputClock) -> Iterator[Batch]:
+def factor_at(run: Run, live: LivePhase, state: TrainState, step: int) -> float:
+    """The schedule's factor at a step of this phase."""
+    return schedule_factor(run.config.optim, run.plan, live.index, step, run.steps_per_epoch, state.phase_epoch)
+
+
+def _timed(batches: Iterator[Item], clock: ThroughputClock) -> Iterator[Item]:
     """Hand batches on, telling the clock how long each kept the step waiting."""
     while True:
         asked = time.perf_counter()
@@ -184,41 +164,43 @@ def _timed(batches: Iterator[Batch], clock: ThroughputClock) -> Iterator[Batch]:
         yield batch
 
 
-def train_step(run: Run, live: LivePhase, step: int, batch: Batch) -> None:
-    """Mix, normalise, prefix, forward, backward, step; nothing here waits for the device.
+def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) -> None:
+    """Mix, encode, forward, backward, step at `factor` of the peak rates; nothing here waits for the device.
 
     All randomness of the step (mixing, dropout) is seeded from (seed, step, rank).
     """
+    data, inputs = run.config.data, live.inputs
     generator = step_generator(run.numbers.device, run.config.seed, step, run.worker.rank)
     torch.manual_seed(generator.initial_seed())
-    mix = draw_mix(run.config.data, len(batch.labels_N), generator)
+    mix = draw_mix(data, len(batch.labels_N), generator)
     targets = mixed_targets(batch.labels_N, mix)
-    features = live.prefix(to_input(batch.images_NHWC, run.numbers.dtype, mix))
-    output = live.engine.forward_backward(features, targets)
-    live.engine.step(schedule_factor(run.config.optim, run.plan, live.index, step, run.steps_per_epoch))
-    live.meter.update(output, targets)
+    if mix is not None and data.mix_at == "cut":
+        passes(run, live, mix_features(inputs.encode(inputs.inputs(batch)), mix), targets, lambda x: x)
+    else:
+        passes(run, live, inputs.inputs(batch, mix), targets, inputs.encode)
+    live.engine.step(factor)
+    if live.average is not None:
+        live.average.update(live.network, step)
 
 
-def to_input(images_NHWC: Tensor, dtype: torch.dtype, mix: Mix | None = None) -> Tensor:
-    """uint8 NHWC -> the network's input: normalised, mixed, channels_last NCHW in `dtype`."""
-    if mix is None:
-        return mix_normalize(images_NHWC, IMAGE_MEAN, IMAGE_STD, dtype)
-    return mix_normalize(
-        images_NHWC,
-        IMAGE_MEAN,
-        IMAGE_STD,
-        dtype,
-        partner_N=mix.partner_N,
-        weight_N=mix.weight_N,
-        boxes_N4=mix.boxes_N4,
-    )
+def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Callable[[Tensor], Tensor]) -> None:
+    """The step's images through the network, in as many parts as gradients accumulate over."""
+    n = len(x)
+    starts = range(0, n, run.pass_size)
+    for start in starts:
+        part = slice(start, start + run.pass_size)
+        of_part = targets if len(starts) == 1 else targets.part(part)
+        output = live.engine.forward_backward(
+            encode(x[part]), of_part, len(of_part.labels_N) / n, reduce=start == starts[-1]
+        )
+        live.meter.update(output, of_part)
 
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:
     """One line of metrics: one all-reduce, one copy to the host. Memory is this worker's; the summary has all."""
     loss, top1 = live.meter.read()
     window = live.clock.stop()
-    factor = schedule_factor(run.config.optim, run.plan, live.index, state.step - 1, run.steps_per_epoch)
+    factor = factor_at(run, live, state, state.step - 1)
     run.log.write(
         "train",
         step=state.step,
@@ -227,27 +209,41 @@ def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) 
         phase=live.index,
         loss=loss,
         top1=top1,
-        lr={stage: run.config.optim.base_lr * m * factor for stage, m in live.phase.multiples},
+        lr={stage: run.config.optim.base_lr * m * factor for stage, m in live.phase.stages.items()},
         images_per_s=round(window.images_per_s, 1),
         data_wait_share=round(window.data_wait_share, 4),
+        **speed(run, window, live.flops.total),
         peak_mem_gib=round(peak_memory_gib(run.numbers.device), 3),
     )
     live.clock.start()
+
+
+def speed(run: Run, window: Window, flops_per_image: float) -> dict[str, float | None]:
+    """Arithmetic done for the model by all workers in a second, and its share of what their devices could do."""
+    share = mfu(window.images_per_s, flops_per_image, run.worker.world_size, run.peak[0])
+    tflops = window.images_per_s * flops_per_image / 1e12
+    return {"tflops_per_s": round(tflops, 4), "mfu": None if share is None else round(share, 4)}
 
 
 def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     """Agree on BatchNorm statistics, prove that replicas agree, evaluate, save."""
     state = result.state
     state.epoch += 1
-    dist.average_(moved_statistics(live.network))
-    result.replica_spread = dist.replica_spread(run.model.state_dict())
+    live.agree_on_statistics()
+    if live.average is not None:
+        state.average = live.average.state()
+    averages = {f"average of {name}": tensor for name, tensor in state.average.items()}
+    result.replica_spread = dist.replica_spread({**run.model.state_dict(), **averages})
     evaluation = evaluate_model(run, live)
     state.val_top1 = evaluation.top1
+    for plateau in (state.phase_plateau, state.run_plateau):
+        plateau.look(state.val_top1, run.config.train.min_delta)
     is_best = state.val_top1 > state.best_val_top1
     if is_best:
         state.best_val_top1, state.best_epoch, result.best = state.val_top1, state.epoch, evaluation
+        result.seconds_to_best = round(time.perf_counter() - result.started, 2)
     state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
-    save_checkpoints(run, state, is_best)
+    save_checkpoints(run, live, state, is_best)
     run.log.write(
         "eval",
         epoch=state.epoch,
@@ -262,21 +258,24 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
 
 def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
     """The whole model on the validation split, each image once."""
-    live.network.eval()
-    split = run.index.val
-    share = run.config.data.batch_size // run.worker.world_size
-    plans = eval_batches(split, run.config.data.image_size, share, run.worker)
-    batches = run.eval_loader.batches(plans)
-    return evaluate(live.logits, batches, lambda x: to_input(x, run.numbers.dtype), len(split.paths), run.numbers)
+    live.evaluated().eval()
+    inputs = live.inputs
+
+    def logits(batch: Any) -> Tensor:
+        return live.logits(inputs.encode(inputs.inputs(batch)))
+
+    return evaluate(logits, inputs.val(), len(run.index.val.paths), run.numbers)
 
 
-def save_checkpoints(run: Run, state: TrainState, is_best: bool) -> None:
+def save_checkpoints(run: Run, live: LivePhase, state: TrainState, is_best: bool) -> None:
     """checkpoints/last, and checkpoints/best when this epoch is the best so far."""
     if not dist.is_main():
         return
     names = ("last", "best") if is_best else ("last",)
-    folder = run.run_dir / "checkpoints"
-    checkpoint.save(folder, names, run.model.torchvision_state(), state, describe_model(run))
+    model = run.model.torchvision_state()
+    averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
+    evaluated, trains_on = {**model, **averaged}, model if averaged else None
+    checkpoint.save(run.run_dir / "checkpoints", names, evaluated, trains_on, state, describe_model(run))
 
 
 def describe_model(run: Run) -> dict[str, Any]:

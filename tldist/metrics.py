@@ -75,6 +75,8 @@ class ThroughputClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.phase = Window()
+        self.first_step_s = 0.0
+        """What the phase's first step took, compilation included."""
         self._window = Window()
         self._since = 0.0
         self._warmup_left = WARMUP_STEPS
@@ -92,8 +94,11 @@ class ThroughputClock:
         """A step over `images` (of all workers) was launched."""
         self._window.images += images
         if self._warmup_left:
+            since, first = self._since, self._warmup_left == WARMUP_STEPS
             self._warmup_left -= 1
             self.start()
+            if first:
+                self.first_step_s = self._since - since
 
     def stop(self) -> Window:
         """End the window, count it into the phase, and return it; nothing is counted during the warm-up."""

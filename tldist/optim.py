@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from tldist.backbones import HEAD
 from tldist.config import OptimConfig
 from tldist.plan import Phase, Plan
 
@@ -20,28 +21,33 @@ OptimizerState = dict[str, dict[str, Tensor]]
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], phase: Phase, config: OptimConfig
 ) -> list[dict[str, Any]]:
-    """One group per trainable stage and kind of decay; frozen parameters are in none.
+    """One group per trainable stage, rate and kind of decay; frozen parameters are in none.
 
     Parameter names begin with their stage; names of the objective's own parameters begin with `objective` and
     train at the base rate. Biases and normalisation parameters (one dimension) are not decayed (Goyal et al.,
-    2017; He et al., 2019). Raises ValueError if a parameter that requires a gradient belongs to no trainable
-    stage, or the reverse.
+    2017; He et al., 2019); nor are pre-trained weights under L2-SP, which takes the decay's place there. Raises
+    ValueError if a parameter that requires a gradient belongs to no trainable stage, or the reverse.
     """
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters:
         stage = name.split(".", 1)[0]
-        multiple = 1.0 if stage == "objective" else phase.multiple(stage)
+        multiple = 1.0 if stage == "objective" else phase.multiple(name)
         if (multiple > 0) != parameter.requires_grad:
             raise ValueError(f"'{name}' requires_grad={parameter.requires_grad}, but its rate is {multiple}")
         if not parameter.requires_grad:
             continue
-        decayed = parameter.ndim > 1
-        decay = config.weight_decay if decayed else 0.0
+        anchored = config.l2_sp > 0 and is_anchored(name, parameter)
+        decay = config.weight_decay if parameter.ndim > 1 and not anchored else 0.0
         new = {"params": [], "names": [], "stage": stage, "multiple": multiple, "weight_decay": decay}
-        group = groups.setdefault((stage, decayed), new)
+        group = groups.setdefault((stage, multiple, decay), new)
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
+
+
+def is_anchored(name: str, parameter: Tensor) -> bool:
+    """Does L2-SP hold this one? Weights of pre-trained stages: what decay would reach, but for the new head."""
+    return parameter.ndim > 1 and name.split(".", 1)[0] not in (HEAD, "objective")
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> Optimizer:
@@ -85,18 +91,62 @@ def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:
     return value if fits else torch.empty_like(parameter).copy_(value)
 
 
-def schedule_factor(config: OptimConfig, plan: Plan, index: int, step: int, steps_per_epoch: int) -> float:
+def schedule_factor(
+    config: OptimConfig, plan: Plan, index: int, step: int, steps_per_epoch: int, first_epoch: int | None = None
+) -> float:
     """The share of the peak rate at optimizer step `step` (from 0, over the whole plan) in phase `index`.
 
     Linear warm-up at the start of every phase (a newly unfrozen stage has no Adam moments yet), times the
-    schedule over the phase's or the plan's steps: cosine (Loshchilov and Hutter, 2017) or constant.
+    schedule's curve over the phase's or the plan's steps. `first_epoch` is where the phase began (default: where
+    the plan says; a phase that ends on a plateau lets the next begin earlier). A pure function, so a resumed run
+    continues the curve.
     """
     phase = plan.phases[index]
-    phase_start, phase_steps = plan.first_epoch(index) * steps_per_epoch, phase.epochs * steps_per_epoch
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), phase_steps // 2)
+    first = plan.first_epoch(index) if first_epoch is None else first_epoch
+    phase_start = first * steps_per_epoch
+    phase_steps = min(phase.epochs, plan.epochs - first) * steps_per_epoch
     start, steps = (phase_start, phase_steps) if phase.span == "phase" else (0, plan.epochs * steps_per_epoch)
-    warm = min(1.0, (step - phase_start + 1) / (warmup + 1))
-    if config.schedule == "constant":
-        return warm
-    progress = (step - start) / max(steps, 1)
-    return warm * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+    curve = _CURVES[config.schedule](config, step - start, steps, steps_per_epoch)
+    if config.schedule == "onecycle" and start == phase_start:
+        return curve
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), phase_steps // 2)
+    return min(1.0, (step - phase_start + 1) / (warmup + 1)) * curve
+
+
+def _constant(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    return 1.0
+
+
+def _cosine(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Loshchilov and Hutter (2017), one cycle."""
+    return _anneal(1.0, config.final_lr, step / max(steps, 1))
+
+
+def _cosine_restarts(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """SGDR (Loshchilov and Hutter, 2017): cycles of T_0, T_0 * T_mult, ... epochs; the span's end may cut one."""
+    length, done = config.restart_epochs * steps_per_epoch, step
+    while done >= length:
+        done, length = done - length, length * config.restart_factor
+    return _anneal(1.0, config.final_lr, done / length)
+
+
+def _onecycle(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Smith and Topin (2018) as torch's OneCycleLR draws it: from 1/25 up over 30 % of the steps, then to 4e-6."""
+    low, lowest = 1 / 25, 1 / 25 / 1e4
+    rise = 0.3 * steps - 1
+    if step <= rise:
+        return _anneal(low, 1.0, step / max(rise, 1e-9))
+    return _anneal(1.0, lowest, min((step - rise) / max(steps - 1 - rise, 1e-9), 1.0))
+
+
+def _anneal(start: float, end: float, progress: float) -> float:
+    """Half a cosine from `start` to `end`."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+_CURVES: dict[str, Callable[[OptimConfig, int, int, int], float]] = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "cosine_restarts": _cosine_restarts,
+    "onecycle": _onecycle,
+}

@@ -19,10 +19,13 @@ from tldist.data.index import Index, build_index, load_index, save_index, with_t
 from tldist.data.loader import open_loader
 from tldist.engine import engine_kind, numerics
 from tldist.evaluate import predictions
-from tldist.fit import FitResult, Run, fit
-from tldist.metrics import Window, count_parameters, peak_memory_gib
+from tldist.fit import FitResult, fit, speed
+from tldist.flops import peak_flops
+from tldist.metrics import Window, count_parameters
+from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.report import write_report
+from tldist.run import Run
 from tldist.tracking.environment import environment
 from tldist.tracking.events import EventLog
 from tldist.tracking.wandb import WandbSink
@@ -86,7 +89,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
     numbers = numerics(settings.train.precision, device)
     index = shared_index(settings)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
-    plan = build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
+    plan = plan_of(settings)
     model = backbones.build(
         settings.model,
         len(index.classes),
@@ -95,6 +98,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         pretrained=plan.pretrained,
     ).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    anchors = dict(model.named_parameters()) if settings.optim.l2_sp else {}
     return Run(
         config=settings,
         plan=plan,
@@ -105,7 +109,16 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
+        peak=peak_flops(device, numbers.dtype),
+        source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
     )
+
+
+def plan_of(settings: RunConfig) -> Plan:
+    """The configured strategy's plan for the configured model; needs neither weights nor data. Raises UserError."""
+    parameters = backbones.parameter_names(settings.model) if settings.strategy.name == "by_hand" else None
+    stages = backbones.stage_names(settings.model.name)
+    return build_plan(settings.strategy, stages, settings.train.epochs, parameters)
 
 
 def shared_index(settings: RunConfig) -> Index:
@@ -167,26 +180,23 @@ def announce(parts: Run) -> None:
         val_images=len(index.val.paths),
         skipped_images=len(index.skipped),
         classes=list(index.classes),
-        plan=describe_plan(plan, settings.optim.base_lr, stage_parameters(parts.model)),
+        plan=describe_plan(plan, settings.optim.base_lr, parts.model),
     )
     for skipped in index.skipped:
         parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
 
 
-def stage_parameters(model: backbones.StagedModel) -> dict[str, int]:
-    """Parameters of each stage."""
-    return {name: sum(p.numel() for p in stage.parameters()) for name, stage in model.stages.items()}
-
-
-def describe_plan(plan: Plan, base_lr: float, parameters: dict[str, int]) -> list[dict[str, Any]]:
-    """The plan as plain values: per phase each stage's peak learning rate (0.0: frozen) and what trains."""
+def describe_plan(plan: Plan, base_lr: float, model: backbones.StagedModel) -> list[dict[str, Any]]:
+    """The plan as plain values: per phase each stage's highest peak learning rate (0.0: frozen) and what trains."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     return [
         {
             "phase": i,
             "name": phase.name,
             "epochs": phase.epochs,
-            "stages": {stage: base_lr * phase.multiple(stage) for stage in plan.stages},
-            "trainable_params": sum(parameters[stage] for stage in phase.trainable),
+            "patience": phase.patience,
+            "stages": {stage: base_lr * phase.stages.get(stage, 0.0) for stage in plan.stages},
+            "trainable_params": sum(size for name, size in sizes.items() if phase.multiple(name) > 0),
             "prefix": list(plan.stages[: plan.cut(i)]),
         }
         for i, phase in enumerate(plan.phases)
@@ -225,18 +235,9 @@ def predictions_event(index: Index, shown: dict[str, Any], step: int) -> dict[st
 def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
     """The numbers of summary.json."""
     settings, state = parts.config, result.state
-    total = sum(result.windows, Window())
-    phases = describe_plan(parts.plan, settings.optim.base_lr, stage_parameters(parts.model))
-    per_phase = [
-        {
-            "name": phase["name"],
-            "epochs": phase["epochs"],
-            "trainable_params": phase["trainable_params"],
-            "images_per_s": round(window.images_per_s, 1),
-            "data_wait_share": round(window.data_wait_share, 4),
-        }
-        for phase, window in zip(phases, result.windows, strict=True)
-    ]
+    total = sum((phase.window for phase in result.phases), Window())
+    per_image = sum(phase.window.images * phase.flops_per_image for phase in result.phases) / max(total.images, 1)
+    per_phase = describe_phases(parts, result)
     return {
         "recipe": settings.recipe,
         "strategy": settings.strategy.name,
@@ -245,7 +246,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "world_size": dist.world_size(),
         "seed": settings.seed,
         "epochs": state.epoch,
-        "phases": len(parts.plan.phases),
+        "phases": len(result.phases),
         "per_phase": per_phase,
         "train_images": len(parts.index.train.paths),
         "val_images": len(parts.index.val.paths),
@@ -256,14 +257,38 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "best_epoch": state.best_epoch,
         "images_per_s": round(total.images_per_s, 1),
         "data_wait_share": round(total.data_wait_share, 4),
-        "trainable_params": phases[-1]["trainable_params"],
+        **speed(parts, total, per_image),
+        "peak_flops": {"tflops": round(parts.peak[0] / 1e12, 3), "source": parts.peak[1]},
+        "trainable_params": per_phase[-1]["trainable_params"],
         "total_params": count_parameters(dict(parts.model.named_parameters())),
         "replica_spread": result.replica_spread,
-        "peak_mem_gib": round(dist.largest(peak_memory_gib(parts.numbers.device), parts.numbers.device), 3),
+        "peak_mem_gib": max(phase["peak_mem_gib"] for phase in per_phase),
+        "seconds_to_best": result.seconds_to_best,
+        "restored_epoch": result.restored_epoch,
         "wall_s": round(time.time() - started, 2),
         "resumed_from": None,
         "wandb_run_id": sink.run_id if sink is not None else None,
     }
+
+
+def describe_phases(parts: Run, result: FitResult) -> list[dict[str, Any]]:
+    """What each phase that ran did and cost."""
+    planned = describe_plan(parts.plan, parts.config.optim.base_lr, parts.model)
+    return [
+        {
+            "name": planned[phase.index]["name"],
+            "epochs": phase.epochs,
+            "trainable_params": planned[phase.index]["trainable_params"],
+            "images_per_s": round(phase.window.images_per_s, 1),
+            "data_wait_share": round(phase.window.data_wait_share, 4),
+            "gflops_per_image": round(phase.flops_per_image / 1e9, 4),
+            **speed(parts, phase.window, phase.flops_per_image),
+            "peak_mem_gib": round(phase.peak_mem_gib, 3),
+            "compile_s": round(phase.compile_s, 2),
+            "cache_fill_s": round(phase.cache_fill_s, 2),
+        }
+        for phase in result.phases
+    ]
 
 
 def _report(parts: Run) -> None:

@@ -20,7 +20,6 @@ from tldist.config import RunConfig, TrainingFailed, UserError
 from tldist.data.index import Index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
-from tldist.plan import build_plan
 from tldist.tracking.console import Console, follow
 
 
@@ -80,7 +79,7 @@ def preflight(settings: RunConfig) -> Index:
     _check_machine(settings)
     _check_ray(settings)
     loader_kind(settings.data)
-    plan = build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
+    plan = worker.plan_of(settings)
     index = worker.data_index(settings)
     if plan.pretrained:
         backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)

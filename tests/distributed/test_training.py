@@ -17,14 +17,15 @@ from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, Strat
 from tldist.data.augment import AugmentSpec
 from tldist.data.batches import Worker, eval_batches
 from tldist.data.index import build_index
-from tldist.data.loader import open_loader
+from tldist.data.loader import Batch, open_loader
 from tldist.engine import numerics
 from tldist.engine.ddp import DDPEngine
 from tldist.evaluate import evaluate
-from tldist.fit import freeze, to_input
+from tldist.inputs import to_input
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
-from tldist.plan import Phase, Plan
+from tldist.phase import freeze
+from tldist.plan import Phase
 
 CPU = torch.device("cpu")
 
@@ -131,7 +132,7 @@ def _left_out_of_the_reducer() -> str:
     dist.init(CPU)
     stages = backbones.stage_names("resnet18")
     model = backbones.build(ModelConfig(weights="none"), 2, 32, 0)
-    head = Plan(stages, (Phase("head", 1, (("head", 1.0),)),)).phases[0]
+    head = Phase("head", 1, (("head", 1.0),))
     both = Phase("two", 1, (("layer4", 1.0), ("head", 1.0)))
     freeze(model, head)
     _, network = model.cut(stages.index("layer4"))
@@ -189,13 +190,14 @@ def _count_evaluated(root: str, kind: str) -> list[int]:
     loader = open_loader(data, AugmentSpec(), 10, CPU)
     seen: list[int] = []
 
-    def counting(images: torch.Tensor) -> torch.Tensor:
-        seen.append(len(images))
-        return torch.nn.functional.one_hot(torch.arange(len(images)) % 2, 2).float()
+    def counting(batch: Batch) -> torch.Tensor:
+        n = len(to_input(batch.images_NHWC, torch.float32))
+        seen.append(n)
+        return torch.nn.functional.one_hot(torch.arange(n) % 2, 2).float()
 
     plans = eval_batches(index.val, 16, 10, Worker(dist.rank(), dist.world_size()))
     numbers = numerics("fp32", CPU)
-    result = evaluate(counting, loader.batches(plans), lambda x: to_input(x, torch.float32), len(index.val), numbers)
+    result = evaluate(counting, loader.batches(plans), len(index.val), numbers)
     assert torch.equal(result.labels_N, torch.from_numpy(index.val.labels_N))
     dist.close()
     return [sum(seen), len(result.labels_N)]

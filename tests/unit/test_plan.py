@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import get_args
 
 import pytest
 import torch
 from torch import nn
 
 from tldist import backbones
-from tldist.config import ModelConfig, OptimConfig, StrategyConfig, StrategyName, UserError
+from tldist.config import STRATEGIES, ModelConfig, OptimConfig, StrategyConfig, StrategyName, UserError
 from tldist.engine import numerics
 from tldist.engine.single import SingleEngine
-from tldist.fit import freeze
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import parameter_groups, schedule_factor
+from tldist.phase import freeze
 from tldist.plan import Phase, Plan, build_plan
 
 STAGES = backbones.stage_names("resnet18")
@@ -26,7 +25,7 @@ def plan(name: StrategyName, epochs: int = 12, **options: float) -> Plan:
     return build_plan(StrategyConfig(name=name, **options), STAGES, epochs)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", get_args(StrategyName))
+@pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("epochs", [2, 3, 12, 30])
 def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epochs: int) -> None:
     made = plan(name, epochs)
@@ -34,7 +33,7 @@ def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epoch
     assert made.pretrained == (name != "scratch")
     for index, phase in enumerate(made.phases):
         assert phase.epochs > 0
-        assert phase.trainable == STAGES[made.cut(index) :]
+        assert tuple(phase.stages) == STAGES[made.cut(index) :]
         assert phase.multiple("head") > 0
     assert [made.first_epoch(i) for i in range(len(made.phases))] == [
         sum(phase.epochs for phase in made.phases[:i]) for i in range(len(made.phases))
@@ -44,8 +43,8 @@ def test_every_plan_lasts_its_epochs_and_trains_a_tail(name: StrategyName, epoch
 def test_gradual_unfreezes_top_down_stem_included() -> None:
     """Lecture 4.3 says top-down; its code goes the other way and forgets the stem."""
     made = plan("gradual", 12, epochs_per_stage=2)
-    assert [phase.trainable[0] for phase in made.phases] == list(reversed(STAGES))
-    assert made.phases[0].trainable == ("head",)
+    assert [next(iter(phase.stages)) for phase in made.phases] == list(reversed(STAGES))
+    assert tuple(made.phases[0].stages) == ("head",)
 
 
 def test_gradual_with_few_epochs_stops_early() -> None:
@@ -63,7 +62,7 @@ def test_partial_and_two_phase() -> None:
     assert phase.multiples == (("layer4", 0.1), ("head", 1.0))
     first, second = plan("two_phase", 30, second_phase_lr=0.01).phases
     assert (first.epochs, second.epochs) == (20, 10)
-    assert first.trainable == ("layer4", "head")
+    assert tuple(first.stages) == ("layer4", "head")
     assert second.multiple("head") == 0.01
 
 
@@ -114,12 +113,12 @@ class TestGroups:
         freeze(model, phase)
         return parameter_groups(model.named_parameters(), phase, config or OptimConfig())
 
-    @pytest.mark.parametrize("name", get_args(StrategyName))
+    @pytest.mark.parametrize("name", STRATEGIES)
     def test_every_trainable_parameter_once_and_no_frozen_one(self, name: StrategyName) -> None:
         model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
         for phase in plan(name).phases:
             names = [n for group in self.groups(phase) for n in group["names"]]  # type: ignore[union-attr]
-            assert sorted(names) == sorted(n for n, _ in model.named_parameters() if n.split(".")[0] in phase.trainable)
+            assert sorted(names) == sorted(n for n, _ in model.named_parameters() if n.split(".")[0] in phase.stages)
 
     def test_no_decay_on_biases_and_norms(self) -> None:
         for group in self.groups(plan("full").phases[0], OptimConfig(weight_decay=0.3)):
@@ -152,7 +151,7 @@ def test_carried_state_equals_an_optimizer_that_never_stopped(optimizer: str) ->
     """Three steps on the head, three on layer4 and head: through two engines, and through one torch optimizer
     that gets layer4 as a new group (what a single process without engines would do)."""
     config = OptimConfig(name=optimizer, clip_norm=0.0, weight_decay=0.05)  # type: ignore[arg-type]
-    made = Plan(STAGES, (Phase("head", 1, (("head", 1.0),)), Phase("two", 1, (("layer4", 0.5), ("head", 1.0)))))
+    made = Plan(STAGES, (Phase("head", 1, (("head", 1.0),)), Phase("two", 1, (("layer4", 0.5), ("head", 1.0)))), 2)
     # In double precision: Adam divides by tiny moments, which would blow rounding up to something to argue about.
     images, targets = torch.randn(4, 3, 32, 32).double(), Targets(torch.tensor([0, 1, 2, 0]))
 

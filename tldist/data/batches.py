@@ -49,18 +49,43 @@ def train_batches(
 
     Step s of any number of workers shows the same images, the union of the workers' batches.
     """
-    order = epoch_order(len(split.paths), seed, epoch)
+    for ids_N in train_ids(len(split.paths), batch_size, seed, epoch, worker):
+        yield _plan(split, spec, image_size, seed, epoch, ids_N)
+
+
+def train_ids(images: int, batch_size: int, seed: int, epoch: int, worker: Worker) -> Iterator[np.ndarray]:
+    """This worker's images of each step of one epoch."""
+    order = epoch_order(images, seed, epoch)
     share = batch_size // worker.world_size
-    for step in range(steps_per_epoch(len(order), batch_size)):
+    for step in range(steps_per_epoch(images, batch_size)):
         start = step * batch_size + worker.rank * share
-        yield _plan(split, spec, image_size, seed, epoch, order[start : start + share])
+        yield order[start : start + share]
+
+
+def fill_batches(
+    split: Split, spec: AugmentSpec, image_size: int, batch_size: int, seed: int, epoch: int, worker: Worker
+) -> Iterator[BatchPlan]:
+    """This worker's part of a split as `epoch` shows it, in its own order, in batches of exactly `batch_size`.
+
+    The last batch is filled up with images that were shown before, so that every batch has the size of a training
+    step's and the network computes each image as it would there.
+    """
+    mine = np.arange(worker.rank, len(split.paths), worker.world_size)
+    for i in range(0, len(mine), batch_size):
+        yield _plan(split, spec, image_size, seed, epoch, np.take(mine, range(i, i + batch_size), mode="wrap"))
 
 
 def eval_batches(split: Split, image_size: int, batch_size: int, worker: Worker) -> Iterator[BatchPlan]:
     """This worker's part of a split, each image on exactly one worker, in batches of at most `batch_size`."""
-    mine = np.arange(worker.rank, len(split.paths), worker.world_size)
+    for ids_N in eval_ids(len(split.paths), batch_size, worker):
+        yield _plan(split, AugmentSpec(), image_size, 0, 0, ids_N)
+
+
+def eval_ids(images: int, batch_size: int, worker: Worker) -> Iterator[np.ndarray]:
+    """This worker's images of a split, in batches of at most `batch_size`."""
+    mine = np.arange(worker.rank, images, worker.world_size)
     for i in range(math.ceil(len(mine) / batch_size)):
-        yield _plan(split, AugmentSpec(), image_size, 0, 0, mine[i * batch_size : (i + 1) * batch_size])
+        yield mine[i * batch_size : (i + 1) * batch_size]
 
 
 def _plan(split: Split, spec: AugmentSpec, image_size: int, seed: int, epoch: int, ids_N: np.ndarray) -> BatchPlan:

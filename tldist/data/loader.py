@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class Batch:
     images_NHWC: Tensor
     labels_N: Tensor
     plan: BatchPlan
+
+    @property
+    def ids_N(self) -> np.ndarray:
+        """Positions in the split."""
+        return self.plan.ids_N
 
 
 class Loader(Protocol):

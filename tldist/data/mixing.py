@@ -71,6 +71,12 @@ def _cut_box(lam: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return torch.cat([low, high])
 
 
+def mix_features(features: Tensor, mix: Mix) -> Tensor:
+    """Mixup where the prefix ends: lam * h_i + (1 - lam) * h_partner (manifold mixup, Verma et al., 2019)."""
+    weight = mix.label_weight_N.to(features.dtype).view(-1, *[1] * (features.ndim - 1))
+    return torch.lerp(features[mix.partner_N], features, weight)
+
+
 def mixed_targets(labels_N: Tensor, mix: Mix | None) -> Targets:
     """The labels, with their partners' where images were mixed."""
     if mix is None:

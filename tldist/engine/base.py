@@ -45,8 +45,11 @@ class Engine(Protocol):
     objective: Objective
     """The unwrapped objective around the live suffix."""
 
-    def forward_backward(self, features: Tensor, targets: Targets) -> StepOutput:
-        """One pass; gradients are summed up over workers where there are several."""
+    def forward_backward(
+        self, features: Tensor, targets: Targets, share: float = 1.0, reduce: bool = True
+    ) -> StepOutput:
+        """One pass over `share` of the step's images. Gradients add up until `step`; the pass with `reduce` (the
+        step's last) also averages them over workers where there are several."""
         ...
 
     def step(self, factor: float) -> None:

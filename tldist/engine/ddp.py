@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +26,11 @@ class DDPEngine(SingleEngine):
             # torch 2.15 prefers forward_sync_buffers, which 2.11 does not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def accumulating(self, on: bool) -> AbstractContextManager[object]:
+        """Gradients stay on this worker until the step's last pass."""
+        assert isinstance(self.module, DistributedDataParallel)
+        return self.module.no_sync() if on else nullcontext()
 
     def close(self) -> None:
         """Drop the reducer and its hooks with the wrapper."""

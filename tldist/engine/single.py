@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 from torch import Tensor, nn
 
 from tldist.config import OptimConfig
@@ -33,11 +35,19 @@ class SingleEngine:
         """The module whose forward is called in training."""
         return objective
 
-    def forward_backward(self, features: Tensor, targets: Targets) -> StepOutput:
-        """features: what the prefix returned; the loss is the mean over this worker's images."""
-        with self.numerics.autocast():
-            output: StepOutput = self.module(features, targets)
-        self.scaler.scale(output.loss).backward()
+    def accumulating(self, on: bool) -> AbstractContextManager[object]:
+        """Around a pass whose gradients are not yet averaged over workers."""
+        return nullcontext()
+
+    def forward_backward(
+        self, features: Tensor, targets: Targets, share: float = 1.0, reduce: bool = True
+    ) -> StepOutput:
+        """features: what the prefix returned; the loss is the mean over the pass's images."""
+        with self.accumulating(not reduce):
+            with self.numerics.autocast():
+                output: StepOutput = self.module(features, targets)
+            loss = output.loss if share == 1.0 else output.loss * share
+            self.scaler.scale(loss).backward()
         return StepOutput(output.loss.detach(), output.logits.detach())
 
     def step(self, factor: float) -> None:

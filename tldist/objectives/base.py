@@ -19,6 +19,15 @@ class Targets:
     partner_labels_N: Tensor | None = None
     weight_N: Tensor | None = None
 
+    def part(self, rows: slice) -> Targets:
+        """Those of some of the images."""
+        partner, weight = self.partner_labels_N, self.weight_N
+        return Targets(
+            self.labels_N[rows],
+            None if partner is None else partner[rows],
+            None if weight is None else weight[rows],
+        )
+
 
 class StepOutput(NamedTuple):
     """loss: scalar, the mean over the batch; logits_NC: for the running accuracy."""

@@ -1,0 +1,93 @@
+"""BatchNorm's three policies: layers in train mode, statistics that moved, and statistics over all workers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed.nn.functional as collectives
+from torch import Tensor, nn
+
+from tldist import dist
+from tldist.backbones import Segment
+from tldist.plan import Phase
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+def set_modes(network: Segment, phase: Phase, policy: str) -> None:
+    """Train mode for stages that train; frozen ones are in eval mode, and so is BatchNorm that does not train itself.
+
+    `policy` is `--train.batchnorm`: under eval every BatchNorm keeps the source's statistics.
+    """
+    for name, stage in network.stages.items():
+        stage.train(name in phase.stages)
+        for module in stage.modules():
+            if isinstance(module, BatchNorm) and (policy == "eval" or not _trains(module)):
+                module.eval()
+
+
+def _trains(module: BatchNorm) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def moved_statistics(network: nn.Module) -> list[Tensor]:
+    """Running means and variances of the BatchNorm layers in train mode: each worker's saw other images."""
+    return [
+        statistic
+        for module in network.modules()
+        if isinstance(module, BatchNorm) and module.training
+        for statistic in (module.running_mean, module.running_var)
+        if statistic is not None
+    ]
+
+
+class WorkerBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the workers' batches together, on devices that torch's SyncBatchNorm does not know (CPUs).
+
+    The statistics' sums are reduced in double precision, and so are their gradients. Shares are of equal size.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or dist.world_size() == 1:
+            return super().forward(input)
+        dims, n = (0, 2, 3), input.numel() // input.shape[1] * dist.world_size()
+        wide = input.double()
+        mean, square = collectives.all_reduce(torch.stack([wide.sum(dims), (wide * wide).sum(dims)]) / n)
+        variance = square - mean * mean
+        self._track(mean.detach(), variance.detach() * (n / max(n - 1, 1)))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return (wide * scale[:, None, None] + shift[:, None, None]).to(input.dtype)
+
+    def _track(self, mean: Tensor, unbiased: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+
+
+def synchronise(network: nn.Module, device: torch.device) -> None:
+    """Let every BatchNorm2d of `network` see all workers' batches; parameters and buffers stay the same objects."""
+    kind = nn.SyncBatchNorm if device.type == "cuda" else WorkerBatchNorm
+    _convert(network, (nn.BatchNorm2d,), kind)
+
+
+def unsynchronise(network: nn.Module) -> None:
+    """The reverse: plain BatchNorm2d, which folds into convolutions."""
+    _convert(network, (nn.SyncBatchNorm, WorkerBatchNorm), nn.BatchNorm2d)
+
+
+def _convert(network: nn.Module, old: tuple[type[BatchNorm], ...], new: type[BatchNorm]) -> None:
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) in old:
+                parent.add_module(name, _as(new, layer))
+
+
+def _as(kind: type[BatchNorm], layer: nn.Module) -> BatchNorm:
+    assert isinstance(layer, BatchNorm)
+    made = kind(layer.num_features, layer.eps, layer.momentum, device="meta")
+    made._parameters, made._buffers = layer._parameters, layer._buffers
+    return made.train(layer.training)

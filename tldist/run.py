@@ -1,0 +1,53 @@
+"""A run's parts, as `worker.run` builds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from tldist import dist
+from tldist.backbones import StagedModel
+from tldist.config import RunConfig
+from tldist.data.batches import Worker, steps_per_epoch
+from tldist.data.index import Index
+from tldist.data.loader import Loader
+from tldist.engine import Numerics
+from tldist.plan import Plan
+from tldist.tracking.events import EventLog
+
+
+@dataclass(frozen=True)
+class Run:
+    """What stays the same from the first phase to the last."""
+
+    config: RunConfig
+    plan: Plan
+    model: StagedModel
+    index: Index
+    train_loader: Loader
+    eval_loader: Loader
+    numbers: Numerics
+    log: EventLog
+    run_dir: Path
+    peak: tuple[float, str] = (0.0, "unknown")
+    """FLOP/s that a worker's device could do, and where the figure is from."""
+    source_weights: dict[str, Tensor] = field(default_factory=dict)
+    """The pre-trained weights that L2-SP pulls towards, by parameter name; empty without it."""
+
+    @property
+    def worker(self) -> Worker:
+        """This worker's place among all."""
+        return Worker(dist.rank(), dist.world_size())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return steps_per_epoch(len(self.index.train.paths), self.config.data.batch_size)
+
+    @property
+    def pass_size(self) -> int:
+        """Images that go through the network at once: a worker's share of a step, or a part of it."""
+        share = self.config.data.batch_size // dist.world_size()
+        return -(-share // self.config.train.accumulate)

@@ -89,6 +89,7 @@ def run_phase(run: Run, index: int, result: FitResult) -> None:
     while not is_phase_over(run, live, state):
         train_epoch(run, live, state)
         end_epoch(run, live, result)
+    run.saver.flush()
     live.engine.close()
     live.inputs.close()
     result.phases.append(record(run, live, state.epoch - state.phase_epoch))
@@ -109,6 +110,7 @@ def record(run: Run, live: LivePhase, epochs: int) -> PhaseRecord:
 
 def restore_best(run: Run, state: TrainState) -> None:
     """Weights and optimizer state of the best epoch, on every worker."""
+    run.saver.flush()
     dist.barrier()
     best = run.run_dir / "checkpoints" / "best"
     run.model.load_torchvision_state(checkpoint.read_weights(best))
@@ -275,7 +277,14 @@ def save_checkpoints(run: Run, live: LivePhase, state: TrainState, is_best: bool
     model = run.model.torchvision_state()
     averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
     evaluated, trains_on = {**model, **averaged}, model if averaged else None
-    checkpoint.save(run.run_dir / "checkpoints", names, evaluated, trains_on, state, describe_model(run))
+    contents = checkpoint.snapshot(evaluated, trains_on, state, describe_model(run), frozen_names(run, live))
+    run.saver.save(names, contents)
+
+
+def frozen_names(run: Run, live: LivePhase) -> set[str]:
+    """torchvision's names of what this phase cannot change: the stages before its cut."""
+    frozen = run.plan.stages[: run.plan.cut(live.index)]
+    return {theirs for ours, theirs in run.model.torchvision_names.items() if ours.split(".", 1)[0] in frozen}
 
 
 def describe_model(run: Run) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tldist import dist
 from tldist.backbones import StagedModel
+from tldist.checkpoint import Saver
 from tldist.config import RunConfig
 from tldist.data.batches import Worker, steps_per_epoch
 from tldist.data.index import Index
@@ -31,6 +32,7 @@ class Run:
     numbers: Numerics
     log: EventLog
     run_dir: Path
+    saver: Saver
     peak: tuple[float, str] = (0.0, "unknown")
     """FLOP/s that a worker's device could do, and where the figure is from."""
     source_weights: dict[str, Tensor] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from tldist import backbones, config, dist
+from tldist.checkpoint import Saver
 from tldist.config import RunConfig, UserError
 from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
@@ -70,8 +72,11 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
     try:
         announce(parts)
         result = fit(parts)
+        parts.saver.close()
         return finish(parts, result, sink, started)
     except BaseException:
+        with contextlib.suppress(Exception):  # of two failures the first is told
+            parts.saver.close()
         if sink is not None:
             sink.close(failed=True)
             sink = None
@@ -109,6 +114,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
+        saver=Saver(Path(settings.run_dir) / "checkpoints"),
         peak=peak_flops(device, numbers.dtype),
         source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
     )

@@ -16,7 +16,8 @@ from tldist.checkpoint import TrainState
 def save(folder: Path, epoch: int, names: tuple[str, ...]) -> None:
     moments = {"head.fc.weight": {"exp_avg": torch.full((2, 3), float(epoch)), "step": torch.tensor(4.0)}}
     state = TrainState(epoch=epoch, step=epoch * 5, optimizer=moments)
-    checkpoint.save(folder, names, {"fc.weight": torch.full((2, 3), epoch)}, None, state, {"model": "resnet18"})
+    contents = checkpoint.snapshot({"fc.weight": torch.full((2, 3), epoch)}, None, state, {"model": "resnet18"})
+    checkpoint.save(folder, names, contents)
 
 
 def value(folder: Path, name: str) -> float:

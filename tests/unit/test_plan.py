@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -207,3 +208,93 @@ def test_a_frozen_parameter_owns_no_optimizer_state_and_no_gradient() -> None:
         if name.split(".")[0] not in ("layer4", "head"):
             assert id(parameter) not in owned
             assert parameter.grad is None
+
+
+class TestByHand:
+    """Ordered rules: the first that fits wins, and every parameter must be covered."""
+
+    PARAMETERS = backbones.parameter_names(ModelConfig())
+
+    def by_hand(self, *phases: str, epochs: int = 10) -> Plan:
+        return build_plan(StrategyConfig(name="by_hand", phases=phases), STAGES, epochs, self.PARAMETERS)
+
+    def test_stages_that_are_no_tail(self) -> None:
+        """Surgical fine-tuning (Lee et al., 2023): the first block and the head."""
+        made = self.by_hand("layer1=0.1, head=1, *=frozen")
+        (phase,) = made.phases
+        assert phase.multiples == (("layer1", 0.1), ("head", 1.0))
+        assert (made.cut(0), made.stages[made.cut(0)]) == (1, "layer1")
+        assert phase.multiple("layer2.0.conv1.weight") == 0
+
+    def test_batchnorm_alone(self) -> None:
+        """Frankle et al. (2021): the layers are found by what they are; `downsample.1` is one too."""
+        made = self.by_hand("norm=1, head=1, *=frozen")
+        (phase,) = made.phases
+        assert phase.multiple("layer2.0.downsample.1.weight") == 1
+        assert phase.multiple("layer2.0.downsample.0.weight") == 0
+        assert phase.stages == dict.fromkeys(STAGES, 1.0)
+        norm = [name for name, is_norm in self.PARAMETERS.items() if is_norm]
+        assert len(norm) == 40
+        assert [name for name, _ in phase.multiples if name != "head"] == norm
+
+    def test_the_first_match_wins(self) -> None:
+        (phase,) = self.by_hand("layer4.1.*=0.5, layer4=frozen, norm=0.2, *=1").phases
+        assert phase.multiple("layer4.1.conv1.weight") == 0.5
+        assert phase.multiple("layer4.0.bn1.weight") == 0
+        assert phase.multiple("layer3.0.bn1.weight") == 0.2
+        assert phase.multiple("layer3.0.conv1.weight") == 1
+
+    def test_lengths(self) -> None:
+        rules = "*=1"
+        assert [p.epochs for p in self.by_hand(f"3: {rules}", rules, rules).phases] == [3, 3, 4]
+        assert [p.epochs for p in self.by_hand(f"4: {rules}", f"6: {rules}").phases] == [4, 6]
+
+    @pytest.mark.parametrize(
+        ("phases", "says"),
+        [
+            ((), "give --strategy.phases"),
+            (("head=1",), "says nothing about 'stem.conv1.weight'"),
+            (("layr4=1, *=frozen",), "no parameter is called 'layr4' (did you mean 'layer4'?)"),
+            (("head=fast, *=frozen",), "'head=fast' is no rule"),
+            (("head=0, *=frozen",), "'head=0' is no rule"),
+            (("head, *=frozen",), "'head' is no rule"),
+            (("*=frozen",), "freezes everything"),
+            (("two: *=1",), "number of epochs, not 'two'"),
+            (("4: *=1", "5: *=1"), "last 9 epochs, but --train.epochs is 10"),
+            (("10: *=1", "*=1"), "last at least 11 epochs"),
+        ],
+    )
+    def test_mistakes(self, phases: tuple[str, ...], says: str) -> None:
+        with pytest.raises(UserError, match=re.escape(says)):
+            self.by_hand(*phases)
+
+    def test_groups_follow_the_rules(self) -> None:
+        model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+        (phase,) = self.by_hand("layer4.1.*=0.5, norm=0.2, head=1, *=frozen").phases
+        freeze(model, phase)
+        groups = parameter_groups(model.named_parameters(), phase, OptimConfig())
+        found = {name: group["multiple"] for group in groups for name in group["names"]}
+        assert found == {name: phase.multiple(name) for name in self.PARAMETERS if phase.multiple(name) > 0}
+        assert {found["layer4.1.bn1.weight"], found["layer1.0.bn1.weight"]} == {0.5, 0.2}
+
+
+def test_lp_ft_is_the_head_and_then_everything() -> None:
+    made = plan("lp_ft", 9, second_phase_lr=0.1)
+    assert [tuple(phase.stages) for phase in made.phases] == [("head",), STAGES]
+    assert [phase.epochs for phase in made.phases] == [6, 3]
+    assert [phase.multiple("head") for phase in made.phases] == [1.0, 0.1]
+
+
+def test_gradual_on_a_plateau_has_every_stage_in_reserve() -> None:
+    made = build_plan(StrategyConfig(name="gradual", unfreeze="plateau", patience=3), STAGES, 5)
+    assert made.epochs == 5
+    assert [phase.patience for phase in made.phases] == [3, 3, 3, 3, 3, 0]
+    assert [len(phase.stages) for phase in made.phases] == [1, 2, 3, 4, 5, 6]
+
+
+def test_l2_sp_takes_the_place_of_decay_but_for_the_head() -> None:
+    model = backbones.build(ModelConfig(weights="none"), 3, 32, 0)
+    phase = plan("full").phases[0]
+    freeze(model, phase)
+    groups = parameter_groups(model.named_parameters(), phase, OptimConfig(l2_sp=0.1, weight_decay=0.05))
+    assert {group["stage"] for group in groups if group["weight_decay"]} == {"head"}

@@ -11,6 +11,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -149,7 +150,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Dense peak FLOP/s of one worker's `device` in `dtype`, and where the figure is from.
 
     "table": the data sheet of a GPU known by its name. "measured": on the CPU, with this process's threads.
-    (0.0, "unknown"): any other GPU. Takes `MEASURE_S` on the CPU; workers that share one must all measure at once.
+    (0.0, "unknown"): any other GPU. Takes `MEASURE_S` on the CPU, which leaves torch's threads and random state alone.
     """
     if device.type == "cpu":
         return _measured_convolution(dtype), "measured"
@@ -168,10 +169,25 @@ def _from_table(name: str, dtype: torch.dtype) -> float | None:
     return {torch.bfloat16: gpu.bf16, torch.float16: gpu.fp16, torch.float32: gpu.fp32}.get(dtype)
 
 
-@torch.no_grad()
 def _measured_convolution(dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few 3x3 convolutions of 256 channels: what the networks do most, at its best."""
-    images, channels, side = 8, 256, 14
+    """FLOP/s of 3x3 convolutions on this process's threads, one on each and each thread's fastest.
+
+    One convolution over all threads would wait for the slowest of them: beside another process on the same cores
+    it took up to 40 times as long (two Zen cores), while a thread of its own finds a millisecond for itself.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(_one_thread_s_convolution, [dtype] * threads))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _one_thread_s_convolution(dtype: torch.dtype) -> float:
+    """FLOP/s; leaves torch set to one thread."""
+    torch.set_num_threads(1)
+    images, channels, side = 8, 128, 14
     x = torch.ones(images, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
     weight = torch.ones(channels, channels, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
     best, ends = math.inf, time.perf_counter() + MEASURE_S

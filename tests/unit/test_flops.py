@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -179,16 +181,33 @@ def test_gpus_are_known_by_whole_words_of_their_names(
     assert peak_flops(torch.device("cuda"), dtype) == expected
 
 
-def test_the_cpu_s_peak_is_of_the_fastest_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_cpu_s_peak_is_measured_and_leaves_no_trace(three_threads: None) -> None:
     random_state = torch.get_rng_state()
     peak, source = peak_flops(torch.device("cpu"), torch.float32)
     assert source == "measured"
     assert 1e9 < peak < 1e14
     assert torch.equal(torch.get_rng_state(), random_state)
-    # The clock is the only thing between the count and the figure.
-    ticks = iter(range(1000))
-    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(ticks) * 0.03)
-    assert peak_flops(torch.device("cpu"), torch.float32)[0] == pytest.approx(2 * 8 * 196 * 256**2 * 9 / 0.03)
+    assert torch.get_num_threads() == 3
+
+
+def test_the_cpu_s_peak_is_the_sum_over_its_threads(three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flops, "_one_thread_s_convolution", lambda dtype: {torch.bfloat16: 2e9}[dtype])
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) == (6e9, "measured")
+
+
+def test_a_thread_s_peak_is_its_fastest_convolution(three_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One look at the clock for the end, then three for each convolution: is there time, start, stop.
+    clock = iter([0.0, 0.0, 0.0, 0.05, 0.05, 0.05, 0.06, 0.06, 0.06, 0.1, 1.0])
+    monkeypatch.setattr(flops.time, "perf_counter", lambda: next(clock))
+    assert flops._one_thread_s_convolution(torch.float32) == pytest.approx(2 * 8 * 196 * 128**2 * 9 / 0.01)
 
 
 def test_mfu_is_the_needed_over_the_possible() -> None:

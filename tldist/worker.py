@@ -186,6 +186,7 @@ def announce(parts: Run) -> None:
         val_images=len(index.val.paths),
         skipped_images=len(index.skipped),
         classes=list(index.classes),
+        peak_flops=describe_peak(parts),
         plan=describe_plan(plan, settings.optim.base_lr, parts.model),
     )
     for skipped in index.skipped:
@@ -264,7 +265,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "images_per_s": round(total.images_per_s, 1),
         "data_wait_share": round(total.data_wait_share, 4),
         **speed(parts, total, per_image),
-        "peak_flops": {"tflops": round(parts.peak[0] / 1e12, 3), "source": parts.peak[1]},
+        "peak_flops": describe_peak(parts),
         "trainable_params": per_phase[-1]["trainable_params"],
         "total_params": count_parameters(dict(parts.model.named_parameters())),
         "replica_spread": result.replica_spread,
@@ -275,6 +276,11 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "resumed_from": None,
         "wandb_run_id": sink.run_id if sink is not None else None,
     }
+
+
+def describe_peak(parts: Run) -> dict[str, Any]:
+    """What a worker's device could do, and how that is known."""
+    return {"tflops": round(parts.peak[0] / 1e12, 3), "source": parts.peak[1]}
 
 
 def describe_phases(parts: Run, result: FitResult) -> list[dict[str, Any]]:

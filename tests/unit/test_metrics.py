@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_ranks
 
 from tldist.metrics import peak_memory_gib, reset_peak_memory
 
@@ -14,15 +15,23 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
-def test_the_peak_is_of_the_time_since_the_last_reset() -> None:
+def _peaks() -> list[float]:
     reset_peak_memory(CPU)
-    before = peak_memory_gib(CPU)
+    found = [peak_memory_gib(CPU)]
     big = np.ones(GIB // 4, dtype=np.uint8)  # a mapping of its own, given back at once
-    assert peak_memory_gib(CPU) > before + 0.2
+    found.append(peak_memory_gib(CPU))
     del big
-    assert peak_memory_gib(CPU) > before + 0.2
+    found.append(peak_memory_gib(CPU))
     reset_peak_memory(CPU)
-    assert peak_memory_gib(CPU) < before + 0.1
+    return [*found, peak_memory_gib(CPU)]
+
+
+def test_the_peak_is_of_the_time_since_the_last_reset() -> None:
+    """In a process of its own: other tests' threads give memory back whenever they like."""
+    ((before, held, freed, again),) = run_ranks(_peaks, 1)
+    assert held > before + 0.2
+    assert freed > before + 0.2
+    assert again < before + 0.1
 
 
 def test_a_system_without_proc_tells_the_peak_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:

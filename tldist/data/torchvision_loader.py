@@ -81,8 +81,7 @@ def read_rgb(path: Path) -> Tensor:
 
 def show(image_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
     """One image as its view says: uint8 (3, size, size)."""
-    top, left, height, width = view.box_N4[0].tolist()
-    image = v2.resized_crop(image_CHW, top, left, height, width, size=view.resize_N2[0].tolist(), antialias=True)
+    image = resized_crop(image_CHW, view.box_N4[0].tolist(), view.resize_N2[0].tolist())
     if spec.crop_area is None:
         top, left = view.crop_N2[0].tolist()
         image = v2.crop(image, top, left, size, size)
@@ -98,6 +97,15 @@ def show(image_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor
         fill = torch.tensor(ERASED, dtype=torch.uint8)[:, None, None]
         image = v2.erase(image, *view.erase_N4[0].tolist(), v=fill)
     return image
+
+
+def resized_crop(image_CHW: Tensor, box: list[int], size: list[int]) -> Tensor:
+    """The box (top, left, height, width) of an image, resized with antialiasing to (height, width).
+
+    The box is packed first: torch resizes packed channels-last pixels three times as fast as a view, to the same bits.
+    """
+    crop_HWC = v2.crop(image_CHW, *box).permute(1, 2, 0).contiguous()
+    return v2.resize(crop_HWC.permute(2, 0, 1), size, antialias=True)
 
 
 def _colour(image: Tensor, view: Views) -> Tensor:

@@ -17,6 +17,7 @@ from tldist.config import RunConfig, UserError
 from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
+from tldist.data.pixels import open_pixels
 from tldist.engine import engine_kind, numerics
 from tldist.evaluate import predictions
 from tldist.fit import FitResult, Run, fit
@@ -84,8 +85,11 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
     """Index, loaders, model and plan, in that order."""
     settings.validate()
     numbers = numerics(settings.train.precision, device)
-    index = shared_index(settings)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
+    pixels = open_pixels(data, shared_index(settings), Path(settings.run_dir), device)
+    if pixels.notice:
+        log.write("notice", text=pixels.notice)
+    index = pixels.index
     plan = build_plan(settings.strategy, backbones.stage_names(settings.model.name), settings.train.epochs)
     model = backbones.build(
         settings.model,
@@ -100,8 +104,8 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         plan=plan,
         model=model,
         index=index,
-        train_loader=open_loader(data, PRESETS[data.augment], share, device),
-        eval_loader=open_loader(data, AugmentSpec(), share, device),
+        train_loader=open_loader(data, PRESETS[data.augment], share, device, pixels.train),
+        eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val),
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),

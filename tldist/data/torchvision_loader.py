@@ -18,14 +18,26 @@ from torchvision.transforms.v2 import functional as v2
 
 from tldist.data.augment import AugmentSpec, Views
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, Batch, decode_error
+from tldist.data.loader import ERASED, IN_FLIGHT, Batch, Read, decode_error
 
 
 class TorchvisionLoader:
-    """A pool of threads, one image a task; decoding and resizing release the GIL."""
+    """A pool of threads, one image a task; decoding and resizing release the GIL.
 
-    def __init__(self, root: Path, spec: AugmentSpec, image_size: int, threads: int, device: torch.device) -> None:
+    `read` gives the images (default: decodes the files); plans must be drawn for the sizes it gives.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        spec: AugmentSpec,
+        image_size: int,
+        threads: int,
+        device: torch.device,
+        read: Read | None = None,
+    ) -> None:
         self.root, self.spec, self.image_size, self.device = root, spec, image_size, device
+        self.read: Read = read or (lambda _, path: read_rgb(path))
         # Each image is one thread's work; nested intra-op threads would only fight over the cores.
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -50,7 +62,7 @@ class TorchvisionLoader:
         return plan, images, tasks
 
     def _load(self, plan: BatchPlan, i: int, out_HWC: Tensor) -> None:
-        image_CHW = read_rgb(self.root / plan.paths[i])
+        image_CHW = self.read(int(plan.ids_N[i]), self.root / plan.paths[i])
         out_HWC.copy_(show(image_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0))
 
     def _wait(self, plan: BatchPlan, tasks: list[Future[None]]) -> None:

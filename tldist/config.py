@@ -133,6 +133,9 @@ class DataConfig(Section):
     """auto: DALI where it is installed, else torchvision."""
     threads: int = 0
     """Loader threads per worker; 0: the machine's cores shared among its workers."""
+    pixels: Literal["off", "memory", "disk"] = "off"
+    """Decode each file once a run; keep its pixels in memory, or on the run directory's disk, for torchvision's loader.
+    They are kept at the size that evaluation resizes to: training crops are cut from a smaller picture, and softer."""
     classes: tuple[str, ...] = ()
     """Use only these class folders (default: all)."""
     train_images_per_class: int = 0

@@ -131,7 +131,7 @@ def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:
         epoch=state.epoch,
         step=state.step,
         trainable_params=sum(p.numel() for p in live.network.parameters() if p.requires_grad),
-        gflops_per_image=round(live.flops.total / 1e9, 4),
+        gflops_per_image=live.flops.total / 1e9,
         compile_s=round(live.compile_s, 2),
         cache_fill_s=round(live.inputs.fill_s, 2),
     )

@@ -234,7 +234,7 @@ def _key(run: Run, frozen: Segment, prefix: Prefix, layouts: dict[str, Layout]) 
         "images": run.index.fingerprint,
         "views": run.config.cache.views,
         "seed": None if spec.deterministic else run.config.seed,
-        "transform": [data.image_size, dataclasses.asdict(spec), loader_kind(data)],
+        "transform": [data.image_size, dataclasses.asdict(spec), loader_kind(data), data.pixels != "off"],
         "model": [run.config.model.name, list(frozen.stages), weights.hexdigest()],
         "layout": [layouts["train"].shape, layouts["train"].dtype],
         "arithmetic": [torch.__version__, run.numbers.device.type, prefix.is_compiled, run.pass_size],

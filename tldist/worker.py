@@ -19,6 +19,7 @@ from tldist.config import RunConfig, UserError
 from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
+from tldist.data.pixels import open_pixels
 from tldist.engine import engine_kind, numerics
 from tldist.evaluate import predictions
 from tldist.fit import FitResult, fit, speed
@@ -92,9 +93,13 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
     """Index, loaders, model and plan, in that order."""
     settings.validate()
     numbers = numerics(settings.train.precision, device)
-    index = shared_index(settings)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
     plan = plan_of(settings)
+    peak = peak_flops(device, numbers.dtype)  # before the loaders' threads share the cores
+    pixels = open_pixels(data, shared_index(settings), Path(settings.run_dir), device)
+    if pixels.notice:
+        log.write("notice", text=pixels.notice)
+    index = pixels.index
     model = backbones.build(
         settings.model,
         len(index.classes),
@@ -109,13 +114,13 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         plan=plan,
         model=model,
         index=index,
-        train_loader=open_loader(data, PRESETS[data.augment], share, device),
-        eval_loader=open_loader(data, AugmentSpec(), share, device),
+        train_loader=open_loader(data, PRESETS[data.augment], share, device, pixels.train),
+        eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val),
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
         saver=Saver(Path(settings.run_dir) / "checkpoints"),
-        peak=peak_flops(device, numbers.dtype),
+        peak=peak,
         source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
     )
 
@@ -293,7 +298,7 @@ def describe_phases(parts: Run, result: FitResult) -> list[dict[str, Any]]:
             "trainable_params": planned[phase.index]["trainable_params"],
             "images_per_s": round(phase.window.images_per_s, 1),
             "data_wait_share": round(phase.window.data_wait_share, 4),
-            "gflops_per_image": round(phase.flops_per_image / 1e9, 4),
+            "gflops_per_image": phase.flops_per_image / 1e9,
             **speed(parts, phase.window, phase.flops_per_image),
             "peak_mem_gib": round(phase.peak_mem_gib, 3),
             "compile_s": round(phase.compile_s, 2),

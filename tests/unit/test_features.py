@@ -31,12 +31,12 @@ from tldist.features import Features, FeatureWriter, Layout
 CPU = torch.device("cpu")
 
 
-def settings(photos: Path, run_dir: Path, features: str = "exact", augment: str = "none", **sections: Any) -> RunConfig:
+def settings(photos: Path, run_dir: Path, features: str = "exact", augment: Any = "none", **sections: Any) -> RunConfig:
     made = RunConfig(
         run_dir=str(run_dir),
         model=ModelConfig(weights="none"),
         strategy=StrategyConfig(name="feature_extraction"),
-        data=DataConfig(root=str(photos), batch_size=8, image_size=32, augment=augment, threads=1),  # type: ignore[arg-type]
+        data=DataConfig(root=str(photos), batch_size=8, image_size=32, augment=augment, threads=1),
         optim=OptimConfig(base_lr=1e-2),
         train=TrainConfig(epochs=3, precision="fp32"),
         cache=CacheConfig(features=features),
@@ -87,7 +87,7 @@ def test_exact_is_bit_for_bit_the_uncached_run(photos: Path, tmp_path: Path, str
 def test_neither_decoding_nor_the_prefix_runs_once_the_cache_is_full(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prefix sees each image once (and one black image, for the shape); flops of a step are the head's."""
+    """The prefix sees each image once; what a step is said to cost is the head's arithmetic alone."""
     seen: list[int] = []
     encode = inputs.ImageInputs.encode
 
@@ -98,7 +98,8 @@ def test_neither_decoding_nor_the_prefix_runs_once_the_cache_is_full(
     monkeypatch.setattr(inputs.ImageInputs, "encode", counting)
     summary = train(settings(photos, tmp_path / "run"))
     assert sum(seen) == 40 + 19
-    assert summary["per_phase"][0]["gflops_per_image"] == pytest.approx(3 * 2 * 512 * 2 / 1e9, rel=0.5)
+    # Forward and the weight's gradient: 2 * 512 * 2 each.
+    assert summary["per_phase"][0]["gflops_per_image"] == pytest.approx(2 * 2 * 512 * 2 / 1e9, rel=1e-3)
 
 
 def test_enough_views_are_the_uncached_augmented_run(photos: Path, tmp_path: Path) -> None:

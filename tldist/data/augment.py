@@ -162,11 +162,16 @@ def _around_one(u_N: np.ndarray, spread: float) -> np.ndarray:
 
 def _evaluation_crop(sizes_N2: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whole image, short side to 256/224 of the crop, centre square: torchvision's Resize and CenterCrop."""
-    short = round(image_size * RESIZE_RATIO)
-    scale = short / sizes_N2.min(axis=1, keepdims=True)
-    resize = np.maximum(np.floor(sizes_N2 * scale + 1e-9), short).astype(np.int64)
+    resize = evaluation_sizes(sizes_N2, image_size)
     box = np.concatenate([np.zeros_like(sizes_N2), sizes_N2], axis=1)
     return box, resize, np.round((resize - image_size) / 2)
+
+
+def evaluation_sizes(sizes_N2: np.ndarray, image_size: int) -> np.ndarray:
+    """(height, width) that evaluation resizes whole images to; for one that has such a size already, its own."""
+    short = round(image_size * RESIZE_RATIO)
+    scale = short / sizes_N2.min(axis=1, keepdims=True)
+    return np.maximum(np.floor(sizes_N2 * scale + 1e-9), short).astype(np.int64)
 
 
 def random_boxes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,10 @@ IN_FLIGHT = 3
 """Batches being prepared while one is used: enough to ride over a slow image, little memory."""
 ERASED = (124, 116, 104)
 """Erased pixels take ImageNet's mean colour, which is 0 after normalisation."""
+
+
+Read = Callable[[int, Path], Tensor]
+"""(position in the split, file) -> its image as uint8 RGB (C, H, W), upright."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,18 @@ def threads_per_worker(config: DataConfig) -> int:
     return config.threads or max(1, dist.cores() // dist.local_workers())
 
 
-def open_loader(config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device) -> Loader:
-    """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`."""
+def open_loader(
+    config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device, read: Read | None = None
+) -> Loader:
+    """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`.
+
+    Where `read` gives the images, it is torchvision's: DALI decodes files itself.
+    """
     root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config)
-    if loader_kind(config) == "dali":
+    if read is None and loader_kind(config) == "dali":
         from tldist.data.dali import DaliLoader
 
         return DaliLoader(root, spec, config.image_size, max_batch, threads, device)
     from tldist.data.torchvision_loader import TorchvisionLoader
 
-    return TorchvisionLoader(root, spec, config.image_size, threads, device)
+    return TorchvisionLoader(root, spec, config.image_size, threads, device, read)

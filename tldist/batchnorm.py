@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.distributed.nn.functional as collectives
 from torch import Tensor, nn
 
 from tldist import dist
@@ -40,6 +41,18 @@ def moved_statistics(network: nn.Module) -> list[Tensor]:
     ]
 
 
+class _WorkerSum(torch.autograd.Function):
+    """Sum over workers. Each worker's loss depends on every worker's summand, so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return dist.all_sum(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return dist.all_sum(gradients[0].clone())
+
+
 class WorkerBatchNorm(nn.BatchNorm2d):
     """BatchNorm over the workers' batches together, on devices that torch's SyncBatchNorm does not know (CPUs).
 
@@ -51,7 +64,7 @@ class WorkerBatchNorm(nn.BatchNorm2d):
             return super().forward(input)
         dims, n = (0, 2, 3), input.numel() // input.shape[1] * dist.world_size()
         wide = input.double()
-        mean, square = collectives.all_reduce(torch.stack([wide.sum(dims), (wide * wide).sum(dims)]) / n)
+        mean, square = _WorkerSum.apply(torch.stack([wide.sum(dims), (wide * wide).sum(dims)]) / n)
         variance = square - mean * mean
         self._track(mean.detach(), variance.detach() * (n / max(n - 1, 1)))
         scale = self.weight * torch.rsqrt(variance + self.eps)

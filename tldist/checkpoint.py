@@ -107,10 +107,7 @@ def save(folder: Path, names: Sequence[str], contents: Snapshot) -> None:
     (fresh / "state.json").write_text(json.dumps(contents.state, indent=1))
     for path in (*fresh.iterdir(), fresh, folder):
         _sync(path)
-    for name in names:
-        point(folder, name, fresh.name)
-    _sync(folder)
-    _remove_unnamed(folder)
+    point(folder, names, fresh.name)
 
 
 class Saver:
@@ -168,12 +165,15 @@ class Saver:
         return taken
 
 
-def point(folder: Path, name: str, target: str) -> None:
-    """Let `folder/name` lead to `folder/target`, in one step."""
-    link = folder / f".{name}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(target)
-    link.replace(folder / name)
+def point(folder: Path, names: Sequence[str], target: str) -> None:
+    """Let each name lead to `folder/target`, in one step, and remove what no name leads to any more."""
+    for name in names:
+        link = folder / f".{name}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        link.replace(folder / name)
+    _sync(folder)
+    _remove_unnamed(folder)
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def restore_best(run: Run, state: TrainState) -> None:
     state.optimizer, state.average = checkpoint.read_optimizer(best), {}
     dist.barrier()
     if dist.is_main():
-        checkpoint.point(best.parent, "last", best.readlink().name)
+        checkpoint.point(best.parent, ["last"], best.readlink().name)
     run.log.write("notice", text=f"going on from the weights of epoch {state.best_epoch}, the best on validation")
 
 

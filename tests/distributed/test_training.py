@@ -13,7 +13,17 @@ import torch
 from conftest import run_ranks, write_images
 
 from tldist import backbones, config, dist, worker
-from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
+from tldist.batchnorm import synchronise, unsynchronise
+from tldist.config import (
+    CacheConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from tldist.data.augment import AugmentSpec
 from tldist.data.batches import Worker, eval_batches
 from tldist.data.index import build_index
@@ -217,3 +227,89 @@ def test_153_validation_images_count_once_each(val_153: Path, world: int) -> Non
     counts = run_ranks(_count_evaluated, world, str(val_153), kind)
     assert sum(mine for mine, _ in counts) == 153
     assert {whole for _, whole in counts} == {153}
+
+
+def test_plateau_unfreezing_on_two_ranks_makes_one_decision(photos: Path, tmp_path: Path) -> None:
+    """The figure is gathered from both, so both end the phase together: the run ends (no rank waits for the other),
+    every phase's first step finds equal replicas, and one process with the joined batch unfreezes at the same epochs.
+    """
+    made = settings(
+        photos,
+        tmp_path / "two",
+        strategy=StrategyConfig(name="gradual", unfreeze="plateau", patience=1),
+        train=TrainConfig(epochs=6, precision="fp32", batchnorm="eval", ema=0.9, accumulate=2, min_delta=0.05),
+    )
+    one = replace(made, run_dir=str(tmp_path / "one"))
+    summary = train(made, 2)
+    assert summary["replica_spread"] == 0.0
+    phases = [(r["phase"], r["epoch"]) for r in rows(made, "phase")]
+    assert len(phases) > 1
+    train(one, 1)
+    assert [r["val_top1"] for r in rows(made, "eval")] == [r["val_top1"] for r in rows(one, "eval")]
+    assert [(r["phase"], r["epoch"]) for r in rows(one, "phase")] == phases
+    for key, value in weights(one).items():
+        torch.testing.assert_close(weights(made)[key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def _normalised(world: int) -> dict[str, torch.Tensor]:
+    """Two training steps of a small network in double precision on this rank's part of eight images."""
+    dist.init(CPU)
+    torch.manual_seed(0)
+    convolution, linear = torch.nn.Conv2d(3, 5, 3), torch.nn.Linear(5, 2)
+    network = torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(5), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
+    network = torch.nn.Sequential(network, torch.nn.Flatten(1), linear).double()
+    images, labels = torch.randn(8, 3, 6, 6).double(), torch.arange(8) % 2
+    mine = slice(dist.rank() * 8 // world, (dist.rank() + 1) * 8 // world)
+    if world > 1:
+        synchronise(network, CPU)
+        assert not any(type(m) is torch.nn.BatchNorm2d for m in network.modules())
+    wrapped = torch.nn.parallel.DistributedDataParallel(network) if world > 1 else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(wrapped(images[mine]), labels[mine]).backward()
+        optimizer.step()
+    unsynchronise(network)
+    assert type(network.get_submodule("0.1")) is torch.nn.BatchNorm2d
+    dist.close()
+    return {name: t.clone() for name, t in network.state_dict().items()}
+
+
+def test_synchronised_batchnorm_is_the_joined_batchs() -> None:
+    """Weights (so gradients too) and statistics after two steps, to rounding."""
+    (alone,) = run_ranks(_normalised, 1, 1)
+    for together in run_ranks(_normalised, 2, 2):
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_run_with_synchronised_batchnorm_folds_and_saves_as_ever(photos: Path, tmp_path: Path) -> None:
+    """Layers that were live under sync are frozen and folded in the second phase; names stay torchvision's."""
+    strategy = StrategyConfig(name="by_hand", phases=("layer3=1, layer4=1, head=1, *=frozen", "head=1, *=frozen"))
+    made = settings(
+        photos,
+        tmp_path / "sync",
+        strategy=strategy,
+        train=TrainConfig(epochs=2, precision="fp32", batchnorm="sync"),
+    )
+    summary = train(made, 2)
+    assert summary["replica_spread"] == 0.0
+    start, end = backbones.build(made.model, 2, 32, 0).torchvision_state(), weights(made)
+    assert sorted(start) == sorted(end)
+    moved = {key.split(".")[0] for key, value in start.items() if not torch.equal(end[key], value)}
+    assert moved == {"layer3", "layer4", "fc"}
+
+
+@pytest.mark.parametrize("kind", ["exact", "views:2"])
+def test_cached_features_on_two_ranks_are_the_uncached_run(photos: Path, tmp_path: Path, kind: str) -> None:
+    """Each rank fills half and reads both; batches are those of the uncached run, so weights agree in every bit."""
+    data = {"augment": "none" if kind == "exact" else "basic"}
+    base = settings(photos, tmp_path / "off", strategy=StrategyConfig(name="partial"))
+    off = replace(base, data=replace(base.data, **data))
+    cached = replace(off, run_dir=str(tmp_path / "cached"), cache=CacheConfig(features=kind))
+    train(off, 2)
+    summary = train(cached, 2)
+    assert summary["per_phase"][0]["cache_fill_s"] > 0
+    assert not list((tmp_path / "cached" / "features").iterdir())
+    for key, value in weights(off).items():
+        assert torch.equal(weights(cached)[key], value), key

@@ -397,7 +397,7 @@ def draw(settings: Settings, found: list[dict[str, Any]], path: Path) -> None:
     speeds = {row["variant"]: row["times_lecture"] for row in found if row["times_lecture"] is not None}
     del speeds["prefix"]
     fastest = speeds.pop("fe_cached")
-    title = f"{settings.model}: images/s, times the lecture's loop (fe_cached: {fastest:,.0f})"
+    title = f"{settings.model}: images/s,\ntimes the lecture's loop\n(fe_cached: {fastest:,.0f})"
     figure = plots.bars(title, speeds, lambda value: f"{value:.2f}")
     assert figure is not None  # the lecture's own bar is there
     plots.png(figure, path)

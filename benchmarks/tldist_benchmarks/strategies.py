@@ -114,6 +114,8 @@ class Settings:
             raise UserError("--batch-size is 1: BatchNorm in train mode needs 2 images or more")
         if self.image_size < 32:
             raise UserError(f"--image-size is {self.image_size}: the networks need 32 or more")
+        if self.model.startswith("vit") and self.image_size % 16:
+            raise UserError(f"--image-size {self.image_size} does not divide into 16-pixel patches: use a multiple")
         compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
         if self.compile == "on" and not any(map(shutil.which, compilers)):
             raise UserError("--compile on needs a C++ compiler, and there is none: install g++, or use --compile off")

@@ -194,6 +194,7 @@ def test_the_chart_and_the_tables(outcome: Outcome) -> None:
         (["strategies", "--steps"], "--steps needs a value"),
         (["strategies", "--batch-size", "1"], "needs 2 images"),
         (["strategies", "--image-size", "16"], "need 32 or more"),
+        (["strategies", "--model", "vit_b_16", "--image-size", "100"], "16-pixel patches"),
         (["strategies", "--out", "{file}"], "cannot make the folder"),
         (["strategies", "--json", "{file}/x.json"], "cannot make the folder"),
         (["strategies", "--json", "{folder}"], "is a folder: name a file"),

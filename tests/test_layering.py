@@ -24,7 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.phase", "tldist.report"),
     ("tldist.fit",),
     ("tldist.worker",),
-    ("tldist_benchmarks", "tldist_launcher"),
+    ("tldist_benchmarks",),
+    ("tldist_launcher",),
 )
 HEAVY = {
     "ray": ("tldist_launcher",),
@@ -118,6 +119,7 @@ def test_kernels_import_torch_and_triton_alone() -> None:
         ("tldist.checkpoint", "from tldist.engine import build_engine", upward),
         ("tldist.fit", "def f():\n    import ray", misplaced),
         ("tldist.data.loader", "from nvidia.dali import fn", misplaced),
+        ("tldist_benchmarks.strategies", "from tldist_launcher.cli import main", upward),
     ],
 )
 def test_the_check_catches(name: str, source: str, check: object) -> None:

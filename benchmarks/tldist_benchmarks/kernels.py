@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -254,12 +254,12 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the fused kernels against their references and a copy.")
     parser.add_argument("--json", type=Path, help="write rows, ratios and the environment to this file")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--tune", action="store_true", help="sweep mix_normalize's launch settings instead (CUDA)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.tune:
         tune(arguments.rounds)
         return

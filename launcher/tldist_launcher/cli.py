@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise UserError(f"there is no command '{name}'{nearest(name, COMMANDS)}: choose from {', '.join(COMMANDS)}")
         command, usage, text = COMMANDS[name]
-        if name not in ("train", "plan") and {"-h", "--help"} & set(rest):
+        if name not in ("train", "plan", "bench") and {"-h", "--help"} & set(rest):
             print(f"usage: tldist {usage}\n\n{text}")
             return 0
         return command(rest)
@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _help() -> str:
     lines = "\n".join(f"  tldist {usage:<52} {text}" for _, usage, text in COMMANDS.values())
-    title, more = "Transfer learning on images, at full speed and right.", "Add --help to train or plan for all flags."
+    title, more = (
+        "Transfer learning on images, at full speed and right.",
+        "Add --help to train, plan or bench NAME for all flags.",
+    )
     return f"{title}\n\n{lines}\n\n{more}"
 
 
@@ -82,6 +85,12 @@ def _data(words: Sequence[str]) -> int:
     return commands[words[0]](words[1:])
 
 
+def _bench(words: Sequence[str]) -> int:
+    from tldist_launcher.bench import bench_command
+
+    return bench_command(words)
+
+
 def _doctor(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_flags
     from tldist_launcher.doctor import doctor_rows, print_doctor
@@ -104,6 +113,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _data,
         "data fetch NAME --root DIR [--from DIR] | check ROOT",
         "write a data set, or look through one",
+    ),
+    "bench": (
+        _bench,
+        "bench strategies | kernels [--flag VALUE ...]",
+        "measure this machine; rows and a chart to files",
     ),
     "doctor": (_doctor, "doctor", "what this machine has, and what is missing"),
 }

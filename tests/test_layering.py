@@ -24,6 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.phase", "tldist.report"),
     ("tldist.fit",),
     ("tldist.worker",),
+    ("tldist.find_lr",),
     ("tldist_benchmarks",),
     ("tldist_launcher",),
 )

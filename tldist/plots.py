@@ -18,6 +18,7 @@ from typing import Any, cast
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -202,6 +203,27 @@ def validation_curves(logs: Mapping[str, RunLog]) -> Figure | None:
     return figure
 
 
+def rate_range(
+    rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float], marks: Mapping[str, float | None]
+) -> Figure:
+    """Loss over the learning rate, as measured and smoothed; a vertical line at each mark that has a rate."""
+    with _look():
+        figure, axes = _panel("Learning-rate range test")
+        axes.plot(rates, losses, "o", color=MUTED, alpha=0.45, markersize=3, label="one step")
+        axes.plot(rates, smooth, color=PALETTE[0], label="smoothed")
+        known = [(name, rate) for name, rate in marks.items() if rate is not None]
+        for (name, rate), colour, dash in zip(known, PALETTE[1:], DASHES, strict=False):
+            axes.axvline(rate, color=colour, linestyle=dash, label=f"{name} {rate:.2g}")
+        axes.set_xscale("log")
+        _exponents(axes.xaxis)
+        # A diverged loss would press all the rest flat.
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        axes.set_ylim(0, min(_largest(finite, 1e-9), 1.6 * _largest(smooth, 1e-9)) * 1.05)
+        axes.set(xlabel="learning rate of the head (--optim.base-lr)", ylabel="training loss")
+        _legend_below(figure, axes, columns=2)
+    return figure
+
+
 @contextmanager
 def _look():
     """Draw in the report's style, whatever the user's matplotlibrc says."""
@@ -305,8 +327,13 @@ def _log_rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_yscale("log")
     top = max(rates)
     axes.set_ylim(min(max(min(rates) / 1.5, top / 1e4), top / 12), top * 1.8)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-")))
-    axes.yaxis.set_minor_formatter(lambda rate, _: "")
+    _exponents(axes.yaxis)
+
+
+def _exponents(axis: Axis) -> None:
+    """1e-3 at the decades of a log axis: matplotlib's own labels need the mathtext that class names rule out."""
+    axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-").replace("e+0", "e")))
+    axis.set_minor_formatter(lambda rate, _: "")
 
 
 def _largest(values: Sequence[float], at_least: float) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -14,9 +14,14 @@ from tldist import config
 from tldist.config import RunConfig, UserError, nearest
 from tldist.recipes import RECIPES, recipe
 
+Number = TypeVar("Number", int, float)
 
-def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
-    """`RECIPE [--config FILE] [--section.field VALUE ...]`; a config file stands above the recipe, flags above both."""
+
+def parse_run(arguments: Sequence[str], command: str, own: Iterable[str] = ()) -> RunConfig:
+    """`RECIPE [--config FILE] [--section.field VALUE ...]`; a config file stands above the recipe, flags above both.
+
+    `own`: flags that the command has taken out already, which a mistyped one may have meant.
+    """
     words = list(arguments)
     name = words.pop(0) if words and not words[0].startswith("-") else None
     file = _take_config(words)
@@ -26,7 +31,7 @@ def parse_run(arguments: Sequence[str], command: str) -> RunConfig:
     if file is not None:
         # Repeating a run must not write over it.
         base = dataclasses.replace(config.load(file, base), run_dir="")
-    _check_flags(words, command)
+    _check_flags(words, command, own)
     parsed = tyro.cli(
         RunConfig,
         default=base,
@@ -65,7 +70,7 @@ def _type_of(dotted: str) -> Any:
     return typing.get_type_hints(owner)[leaf]
 
 
-def _check_flags(words: Sequence[str], command: str) -> None:
+def _check_flags(words: Sequence[str], command: str, own: Iterable[str]) -> None:
     """Say unknown flags, stray words and bad values in one sentence, before tyro says them in ten."""
     types, rest = flag_types(), list(words)
     while rest:
@@ -78,7 +83,7 @@ def _check_flags(words: Sequence[str], command: str) -> None:
             raise UserError(f"'{word}' is no flag: after the recipe come --section.flag VALUE pairs")
         if flag not in types:
             raise UserError(
-                f"there is no flag {flag}{nearest(flag, types)}: `tldist {command} RECIPE --help` lists all"
+                f"there is no flag {flag}{nearest(flag, [*own, *types])}: `tldist {command} RECIPE --help` lists all"
             )
         values = [value] if given else []
         while rest and not rest[0].startswith("--") and not given:
@@ -102,11 +107,31 @@ def _check_value(flag: str, value: str, kind: Any) -> None:
         if value not in choices:
             raise UserError(f"{flag} '{value}' is not known{nearest(value, choices)}: choose from {', '.join(choices)}")
     elif kind in (int, float):
-        try:
-            kind(value)
-        except ValueError:
-            number = "a whole number" if kind is int else "a number"
-            raise UserError(f"{flag} '{value}' is not {number}") from None
+        as_number(flag, value, kind)
+
+
+def as_number(flag: str, value: str, kind: type[Number]) -> Number:
+    """The flag's value, or UserError."""
+    try:
+        return kind(value)
+    except ValueError:
+        number = "a whole number" if kind is int else "a number"
+        raise UserError(f"{flag} '{value}' is not {number}") from None
+
+
+def take_flags(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The `--flag VALUE` pairs of a command's own flags, over their defaults, and the words that are left."""
+    values, left, rest = dict(known), [], list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, given, value = word.partition("=")
+        if flag not in known:
+            left.append(word)
+            continue
+        if not given and (not rest or rest[0].startswith("--")):
+            raise UserError(f"{flag} needs a value")
+        values[flag] = value if given else rest.pop(0)
+    return values, left
 
 
 def parse_flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[str, str]:

@@ -66,6 +66,13 @@ def _plan(words: Sequence[str]) -> int:
     return 0
 
 
+def _find_lr(words: Sequence[str]) -> int:
+    from tldist_launcher.find_lr import find_lr
+
+    find_lr(words)
+    return 0
+
+
 def _demo(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_flags
     from tldist_launcher.demo import demo
@@ -107,6 +114,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _plan,
         "plan RECIPE [--section.flag VALUE ...]",
         "phases, learning rates, parameters; no GPU, no data",
+    ),
+    "find-lr": (
+        _find_lr,
+        "find-lr RECIPE [--section.flag VALUE ...]",
+        "try learning rates from --lowest 1e-6 to --highest 10 in --steps 100; --json FILE, --plot FILE; train's flags",
     ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (

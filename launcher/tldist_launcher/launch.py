@@ -25,7 +25,7 @@ from tldist.tracking.console import Console, follow
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
     """Run to the end and return the run directory. Raises UserError, or TrainingFailed with the reason."""
-    settings = _absolute(settings)
+    settings = absolute(settings)
     index = preflight(settings)
     run_dir = make_run_dir(settings)
     settings = dataclasses.replace(settings, run_dir=str(run_dir))
@@ -43,7 +43,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
     return run_dir
 
 
-def _absolute(settings: RunConfig) -> RunConfig:
+def absolute(settings: RunConfig) -> RunConfig:
     """Paths as every worker understands them, wherever it runs."""
     root, weights = settings.data.root, settings.model.weights
     if root:

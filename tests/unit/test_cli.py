@@ -90,7 +90,7 @@ def test_the_demo_deletes_nobodys_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "photo.jpg").exists()
 
 
-@pytest.mark.parametrize("command", ["demo", "data", "doctor"])
+@pytest.mark.parametrize("command", ["find-lr", "demo", "data", "doctor"])
 def test_help_of_small_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"usage: tldist {command}" in capsys.readouterr().out
@@ -223,6 +223,69 @@ def test_plan_prints_phases_without_data(strategy: str, capsys: pytest.CaptureFi
     assert ("frozen" in text) == (strategy != "discriminative")
 
 
+def notes(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """What `tldist plan` says under its table."""
+    assert main(["plan", "folder", *words]) == 0
+    return capsys.readouterr().out.rpartition("┘\n")[2].splitlines()
+
+
+def test_the_plan_says_only_what_is_not_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert notes(capsys, "--strategy.name", "full") == [
+        "Peak learning rates of adamw; cosine over the run, warm-up of 0.5 epochs at the start.",
+        "The head is counted for 1000 classes.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--strategy.name gradual", "cosine over the whole plan, warm-up of 0.5 epochs at each phase's start"),
+        ("--strategy.name two_phase --optim.warmup-epochs 0", "cosine over each phase, no warm-up"),
+        (
+            "--optim.warmup-epochs 1 --optim.final-lr 0.1",
+            "cosine down to 0.1 of the peak over the run, warm-up of 1 epoch",
+        ),
+        ("--optim.schedule cosine_restarts", "cosine with restarts (first cycle 2 epochs, each next 2 times as long)"),
+        ("--optim.schedule onecycle", "onecycle over the run, which rises by itself"),
+        ("--optim.schedule onecycle --strategy.name gradual", "warm-up of 0.5 epochs at the start of each later phase"),
+        ("--strategy.name lp_ft --strategy.second-phase-from best", "Phase 'all' goes on from the best weights so far"),
+        ("--strategy.name gradual --strategy.optimizer-state reset", "Every phase starts its optimizer anew"),
+        ("--train.early-stop 3", "The run stops after 3 epochs without gain and restores the best weights"),
+        ("--train.early-stop 1 --train.min-delta 0.01", "A gain is a rise of validation top-1 by more than 0.01"),
+        ("--train.ema 0.999", "A moving average of the weights (decay 0.999) is evaluated and saved"),
+        ("--train.accumulate 4", "A worker's share of a batch passes in 4 parts"),
+        ("--train.batchnorm eval", "keeps the source's statistics"),
+        ("--train.batchnorm sync", "sees all workers' batches together"),
+        ("--optim.clip-norm 0", "Gradients are not clipped"),
+        ("--optim.clip-norm 5", "Gradients are clipped at norm 5"),
+        ("--optim.l2-sp 0.01", "L2-SP of 0.01 in place of weight decay"),
+        ("--data.mixup 0.2 --data.mix-at cut", "Mixup of the features at the cut"),
+        ("--cache.features views:4", "Features of the frozen prefix are kept (views:4)"),
+        ("--data.pixels memory", "Decoded pixels are kept (memory)"),
+    ],
+)
+def test_the_plan_says_what_its_table_cannot(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = words.split()
+    said_lines = notes(capsys, *given)
+    assert sum(says in line for line in said_lines) == 1
+    assert len(said_lines) <= 5
+
+
+def test_the_plan_of_a_plateau(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last phase has no length of its own, and the hand-written one a line for each rule."""
+    words = ["--strategy.name", "gradual", "--strategy.unfreeze", "plateau", "--strategy.patience", "1"]
+    assert main(["plan", "folder", *words]) == 0
+    text = capsys.readouterr().out
+    assert text.count("without gain") == 5
+    assert text.count("1 epoch ") == 5
+    assert text.count("the rest") == 1
+    assert main(["plan", "folder", "--strategy.name", "by_hand", "--strategy.phases", "norm=1, head=1, *=frozen"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "folder: by_hand of resnet18, 10 epochs"
+    assert [word for line in lines[2:6] for word in line.split() if "=" in word] == ["norm=1,", "head=1,", "*=frozen"]
+    assert max(len(line) for line in lines[1:12]) < 50
+
+
 def test_data_check_lists_what_is_skipped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "photos"
     shutil.copytree(photos, root)
@@ -240,7 +303,7 @@ def test_data_check_lists_what_is_skipped(photos: Path, tmp_path: Path, capsys: 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     text = capsys.readouterr().out
-    assert all(f"tldist {name}" in text for name in ("train", "plan", "demo", "data", "doctor"))
+    assert all(f"tldist {name}" in text for name in ("train", "plan", "find-lr", "demo", "data", "doctor"))
     with pytest.raises(SystemExit) as stop:
         main(["train", "hymenoptera", "--help"])
     assert stop.value.code == 0

@@ -3,8 +3,9 @@
 The steps are those of the plan's first phase, through the pieces that train it. The suggestion is the middle of the
 decade of rates over which the loss falls fastest ("steep" in fastai, the default in Lightning), by the slope of a
 straight line through that decade's raw losses. fastai's default, the middle of the longest valley, was tried and
-left: on 100 steps of ants and bees it lay ten times lower, because the noise of the flat start, where the rate is too
-small to matter, makes the valley longer. A slope over a decade does not depend on where the test began.
+left: the flat start, where the rate is too small to matter, counts as valley. On ants and bees (three seeds, feature
+extraction) it moved from 0.015-0.024 to 0.034-0.089 when the same curve was cut at 1e-3 instead of 1e-6; the steepest
+decade stayed where it was.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -284,6 +285,19 @@ def test_the_plan_of_a_plateau(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[0] == "folder: by_hand of resnet18, 10 epochs"
     assert [word for line in lines[2:6] for word in line.split() if "=" in word] == ["norm=1,", "head=1,", "*=frozen"]
     assert max(len(line) for line in lines[1:12]) < 50
+
+
+def test_the_plans_in_the_docs_are_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """But for the two lines under a table that stand there once."""
+    text = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
+    blocks = [block for block in text.split("```")[1::2] if block.startswith("\n$ tldist plan")]
+    assert len(blocks) == 13
+    for block in blocks:
+        command, _, shown = block.lstrip().replace("\\\n>", "").partition("\n")
+        assert main(shlex.split(command.removeprefix("$ tldist "))) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert [line for line in printed if line in shown] == shown.splitlines()
+        assert all(line.startswith(("The head is", "Frozen stages")) for line in printed if line not in shown)
 
 
 def test_data_check_lists_what_is_skipped(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

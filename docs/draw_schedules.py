@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -127,7 +127,7 @@ def main() -> None:
         run = config.from_json(given["config"])
         print(json.dumps(curve(run, given["state"], run.train.epochs)))
         return
-    with mpl.rc_context({**mpl.rcParamsDefault, **plots.STYLE}):
+    with mpl.rc_context(cast("Any", {**mpl.rcParamsDefault, **plots.STYLE})):
         plots.png(draw(), Path(__file__).parent / "figures" / "schedules.png")
 
 

@@ -202,7 +202,8 @@ def read_curve(curve: Curve) -> Finding:
         return Finding(None, None, f"no rate up to {highest} lowered the loss by more than its noise: raise --highest")
     turn = int(np.flatnonzero(smooth <= smooth.min() + fall / 4)[-1])
     diverges_from = curve.rates[turn] if turn < len(smooth) - 1 else None
-    return _steepest(curve, turn, diverges_from)
+    arrival = int(np.flatnonzero(smooth <= smooth.min() + fall / 10)[0])
+    return _steepest(curve, arrival, turn, diverges_from)
 
 
 def _noise(curve: Curve) -> float:
@@ -211,17 +212,21 @@ def _noise(curve: Curve) -> float:
     return float(np.diff(early).std() / math.sqrt(2))
 
 
-def _steepest(curve: Curve, turn: int, diverges_from: float | None) -> Finding:
-    """The middle of the decade that falls fastest, up to the turn."""
-    slopes = decade_slopes(curve, turn)
+def _steepest(curve: Curve, arrival: int, turn: int, diverges_from: float | None) -> Finding:
+    """The middle of the decade that falls fastest, before nine tenths of the fall are done (`arrival`).
+
+    At the bottom losses are noisy, and some ten of them always seem to fall.
+    """
+    width = curve.sweep.decade
+    slopes = decade_slopes(curve, turn)[: max(arrival - width // 2 + 1, 0)]
     start = int(slopes.argmin()) if len(slopes) else 0
     if start == 0:
         remark = f"the loss fell fastest at the lowest rates: lower --lowest (it is {curve.rates[0]:g})"
         return Finding(None, diverges_from, remark)
-    if diverges_from is None and start == len(slopes) - 1:
+    if diverges_from is None and start + width == turn:
         remark = f"the loss was falling fastest at the highest rate: raise --highest (it is {curve.rates[-1]:g})"
         return Finding(None, None, remark)
-    middle = math.sqrt(curve.rates[start] * curve.rates[start + curve.sweep.decade])
+    middle = math.sqrt(curve.rates[start] * curve.rates[start + width])
     remark = (
         "" if diverges_from else f"the loss did not diverge up to {curve.rates[-1]:g}: a higher rate may do as well"
     )

@@ -62,6 +62,20 @@ def test_noise_moves_it_by_half_a_decade_at_most(seed: int) -> None:
     assert 0.15 < found.diverges_from < 1.5
 
 
+def test_a_bump_at_the_bottom_is_no_fall() -> None:
+    """The loss falls slowly over three decades; behind a bump on the floor it falls faster, but learns nothing new."""
+
+    def bumpy(x: float) -> float:
+        slope = 2 - min(max((x + 4) / 3, 0), 1)
+        return slope + 0.6 * math.exp(-(((x + 0.6) / 0.2) ** 2)) + math.exp(4 * (x - 0.7))
+
+    found = seen(bumpy)
+    assert found.suggestion is not None
+    assert 1e-4 < found.suggestion < 0.1
+    assert found.diverges_from is not None
+    assert found.diverges_from > 0.5
+
+
 @pytest.mark.parametrize("sweep", [Sweep(100, 1e-8, 10), Sweep(100, 1e-4, 1), Sweep(40), Sweep(1000)])
 def test_it_does_not_depend_on_the_sweep(sweep: Sweep) -> None:
     assert seen(valley, sweep).suggestion == pytest.approx(0.01, rel=0.3)
@@ -110,13 +124,13 @@ def test_lost_is_four_times_the_best_and_above_the_start() -> None:
     assert not is_lost([1.0, 0.5, 2.1], 0.9)
 
 
-def small(photos: Path, **train: int) -> RunConfig:
+def small(photos: Path) -> RunConfig:
     return RunConfig(
         model=ModelConfig(weights="none"),
         strategy=StrategyConfig(name="gradual"),
         data=DataConfig(root=str(photos), batch_size=8, image_size=32, mixup=0.2),
         optim=OptimConfig(name="sgd"),
-        train=TrainConfig(epochs=1, **train),
+        train=TrainConfig(epochs=1),
     )
 
 

@@ -118,7 +118,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "find-lr": (
         _find_lr,
         "find-lr RECIPE [--section.flag VALUE ...]",
-        "try learning rates from --lowest 1e-6 to --highest 10 in --steps 100; --json FILE, --plot FILE; train's flags",
+        "suggest a rate; also --steps, --lowest, --highest, --json, --plot",
     ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (

@@ -204,8 +204,8 @@ class CacheConfig(Section):
     """off; exact: for deterministic transforms, bit for bit the uncached run; views:K: K augmented views of each
     image, an approximation: epoch e shows view e mod K."""
     dir: str = ""
-    """Keep the features in this folder for later runs that compute the same (default: in the run directory, and
-    removed at the end of their phase)."""
+    """Keep the features in this folder, which all workers must share, for later runs that compute the same (default:
+    in the run directory, and removed at the end of their phase)."""
     gib: float = 0.0
     """Most the features may take on disk, in GiB; 0: half of what is free."""
 

@@ -118,7 +118,7 @@ def restore_best(run: Run, state: TrainState) -> None:
     dist.barrier()
     if dist.is_main():
         checkpoint.point(best.parent, ["last"], best.readlink().name)
-    run.log.write("notice", text=f"going on from the weights of epoch {state.best_epoch}, the best on validation")
+    run.log.write("notice", text=f"the weights of epoch {state.best_epoch}, the best on validation, are back")
 
 
 def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:

@@ -161,7 +161,7 @@ class CachedInputs:
         """Another cut needs other features; only a folder of the user's keeps them."""
         dist.barrier()
         if dist.is_main() and not self.run.config.cache.dir:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            shutil.rmtree(self.folder.parent, ignore_errors=True)
 
     def _batches(self, name: str, view: int, ids: Sequence[np.ndarray]) -> Iterator[FeatureBatch]:
         if self.splits[name].resident:
@@ -197,7 +197,9 @@ def open_inputs(run: Run, frozen: Segment, prefix: Prefix) -> Inputs:
     parent = _parent(run)
     folder = parent / _key(run, frozen, prefix, layouts)
     started = time.perf_counter()
-    if not features.is_complete(folder) and not _fill(run, images, folder, layouts):
+    # One answer for all: another run may finish the same folder while the workers look.
+    missing = dist.any_worker(not features.is_complete(folder), run.numbers.device)
+    if missing and not _fill(run, images, folder, layouts):
         return images
     cached = CachedInputs(run, folder, time.perf_counter() - started)
     _announce(run, cached, layouts)
@@ -264,7 +266,11 @@ def _fill(run: Run, images: ImageInputs, folder: Path, layouts: dict[str, Layout
         if dist.is_main():
             shutil.rmtree(draft, ignore_errors=True)
         return _no_room(run, need, failed or "another worker's disk is full")
-    _write_all(run, images, writers)
+    try:
+        _write_all(run, images, writers)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     del writers
     dist.barrier()
     if dist.is_main():

@@ -123,11 +123,14 @@ def _cosine(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) ->
 
 
 def _cosine_restarts(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:
-    """SGDR (Loshchilov and Hutter, 2017): cycles of T_0, T_0 * T_mult, ... epochs; the span's end may cut one."""
-    length, done = config.restart_epochs * steps_per_epoch, step
-    while done >= length:
-        done, length = done - length, length * config.restart_factor
-    return _anneal(1.0, config.final_lr, done / length)
+    """SGDR (Loshchilov and Hutter, 2017): cycles of T_0, T_0 * T_mult, ... epochs.
+
+    The last one is shortened to end with the span: cut off, it would end the run at a high rate.
+    """
+    begin, length = 0.0, config.restart_epochs * steps_per_epoch
+    while step >= begin + length:
+        begin, length = begin + length, length * config.restart_factor
+    return _anneal(1.0, config.final_lr, (step - begin) / min(length, steps - begin))
 
 
 def _onecycle(config: OptimConfig, step: int, steps: int, steps_per_epoch: int) -> float:

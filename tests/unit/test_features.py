@@ -81,7 +81,7 @@ def test_exact_is_bit_for_bit_the_uncached_run(photos: Path, tmp_path: Path, str
     same_run(off, exact)
     assert summary["per_phase"][0]["cache_fill_s"] > 0
     assert "features of 59 images kept (exact)" in notices(exact)
-    assert not list((tmp_path / "exact" / "features").iterdir()), "the cut moved or the run ended"
+    assert not (tmp_path / "exact" / "features").exists(), "the cut moved or the run ended"
 
 
 def test_neither_decoding_nor_the_prefix_runs_once_the_cache_is_full(
@@ -137,7 +137,7 @@ def test_a_full_disk_is_found_before_anything_is_computed(
     summary = train(made)
     assert summary["epochs"] == 3
     assert "No space left on device" in notices(made)
-    assert not list((tmp_path / "run" / "features").iterdir())
+    assert not list((tmp_path / "run" / "features").glob("*"))
 
 
 def test_nothing_frozen_nothing_kept(photos: Path, tmp_path: Path) -> None:
@@ -260,3 +260,14 @@ def test_a_fill_shows_the_views_of_its_epoch(photos: Path) -> None:
         assert (trained.views.box_N4[position] == filled.views.box_N4[list(filled.ids_N).index(image)]).all()
     (ids,) = train_ids(40, 40, 0, 2, Worker(0, 1))
     assert (ids == trained.ids_N).all()
+
+
+def test_a_fill_that_fails_leaves_nothing(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a photo vanished")
+
+    monkeypatch.setattr(FeatureWriter, "write", fail)
+    made = settings(photos, tmp_path / "run", cache=CacheConfig(features="exact", dir=str(tmp_path / "kept")))
+    with pytest.raises(RuntimeError, match="vanished"):
+        train(made)
+    assert not list((tmp_path / "kept").iterdir())

@@ -56,6 +56,11 @@ class TrainState:
     optimizer: OptimizerState = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     """The moving average of what trains, by parameter and buffer name; empty without --train.ema."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """fp16's loss scale; empty otherwise."""
+    seconds: float = 0.0
+    """Spent in the loop until this epoch's end, and until the best epoch's."""
+    seconds_to_best: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,20 @@ def point(folder: Path, names: Sequence[str], target: str) -> None:
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """What was evaluated, under torchvision's names."""
     return safetensors.torch.load_file(checkpoint / "model.safetensors")
+
+
+def read_live(checkpoint: Path) -> dict[str, Tensor]:
+    """What trains on, under torchvision's names: what was evaluated, unless that was an average."""
+    live = checkpoint / "live.safetensors"
+    return safetensors.torch.load_file(live) if live.exists() else read_weights(checkpoint)
+
+
+def read_state(checkpoint: Path) -> tuple[TrainState, dict[str, Any]]:
+    """Where a run stood, without its average, and what else was told there (the model's description, ...)."""
+    told = json.loads((checkpoint / "state.json").read_text())
+    own = {f.name: told.pop(f.name) for f in dataclasses.fields(TrainState) if f.name in told}
+    own |= {name: Plateau(**own[name]) for name in ("phase_plateau", "run_plateau")}
+    return TrainState(**own, optimizer=read_optimizer(checkpoint)), told
 
 
 def read_optimizer(checkpoint: Path) -> OptimizerState:

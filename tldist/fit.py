@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from tldist.metrics import ThroughputClock, Window, peak_memory_gib
 from tldist.objectives.base import Targets
 from tldist.optim import schedule_factor
 from tldist.phase import LivePhase, begin_phase
+from tldist.plan import Phase
 from tldist.run import Run
 
 Item = TypeVar("Item")
@@ -49,21 +50,43 @@ class FitResult:
     replica_spread: float = 0.0
     restored_epoch: int | None = None
     """The epoch whose weights the run ended with, where early stopping restored them."""
-    seconds_to_best: float = 0.0
-    """From the loop's start to the end of the best epoch: compiling, filling caches and evaluating included."""
+    resumed_epoch: int | None = None
+    """The epoch after which this process went on with an interrupted run."""
     started: float = field(default_factory=time.perf_counter)
 
 
 def fit(run: Run) -> FitResult:
-    """Run the plan from its first phase to its last."""
-    result = FitResult()
-    for index in range(len(run.plan.phases)):
-        if not is_over(run, result.state):
-            run_phase(run, index, result)
+    """Run the plan from its first phase, or from where an earlier process was interrupted, to its last."""
+    result = resume(run)
+    resumed_phase = result.state.phase if result.resumed_epoch is not None else None
+    for index, phase in enumerate(run.plan.phases):
+        ran = resumed_phase is not None and index < resumed_phase
+        ended = index == resumed_phase and is_phase_over(run, phase, result.state)
+        if not (ran or ended or is_over(run, result.state)):
+            run_phase(run, index, result, resumed=index == resumed_phase)
     if run.config.train.early_stop and result.state.best_epoch < result.state.epoch:
         restore_best(run, result.state)
+        if dist.is_main():
+            checkpoint.point(run.run_dir / "checkpoints", ["last"], f"epoch-{result.state.best_epoch:04d}")
         result.restored_epoch, result.state.val_top1 = result.state.best_epoch, result.state.best_val_top1
     return result
+
+
+def resume(run: Run) -> FitResult:
+    """What an earlier process left in the run directory, loaded on every worker; a new start where it left nothing."""
+    last = run.run_dir / "checkpoints" / "last"
+    if not last.exists():
+        return FitResult()
+    state, told = checkpoint.read_state(last)
+    run.model.load_torchvision_state(checkpoint.read_live(last))
+    if run.config.train.ema:
+        ours = {theirs: name for name, theirs in run.model.torchvision_names.items()}
+        state.average = {ours[name]: tensor for name, tensor in checkpoint.read_weights(last).items()}
+    if state.scaler:
+        run.numbers.scaler.load_state_dict(state.scaler)
+    phases = [PhaseRecord(**{**record, "window": Window(**record["window"])}) for record in told["phases"]]
+    run.log.write("notice", text=f"resumed after epoch {state.epoch}, step {state.step}")
+    return FitResult(state, phases, resumed_epoch=state.epoch, started=time.perf_counter() - state.seconds)
 
 
 def is_over(run: Run, state: TrainState) -> bool:
@@ -72,21 +95,20 @@ def is_over(run: Run, state: TrainState) -> bool:
     return state.epoch >= run.plan.epochs or 0 < patience <= state.run_plateau.stale
 
 
-def is_phase_over(run: Run, live: LivePhase, state: TrainState) -> bool:
+def is_phase_over(run: Run, phase: Phase, state: TrainState) -> bool:
     """The phase has had its epochs, or stands on a plateau that ends it. Equal on all workers: so is what it reads."""
-    phase = live.phase
     had_its_epochs = state.epoch - state.phase_epoch >= phase.epochs
     return had_its_epochs or 0 < phase.patience <= state.phase_plateau.stale or is_over(run, state)
 
 
-def run_phase(run: Run, index: int, result: FitResult) -> None:
+def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) -> None:
     """One phase, from its cut to its last epoch; what it held is freed on return, but for what `result` keeps."""
     state = result.state
-    if run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
+    if not resumed and run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
         restore_best(run, state)
-    live = begin_phase(run, index, state)
+    live = begin_phase(run, index, state, resumed)
     announce_phase(run, live, state)
-    while not is_phase_over(run, live, state):
+    while not is_phase_over(run, live.phase, state):
         train_epoch(run, live, state)
         end_epoch(run, live, result)
     run.saver.flush()
@@ -116,8 +138,6 @@ def restore_best(run: Run, state: TrainState) -> None:
     run.model.load_torchvision_state(checkpoint.read_weights(best))
     state.optimizer, state.average = checkpoint.read_optimizer(best), {}
     dist.barrier()
-    if dist.is_main():
-        checkpoint.point(best.parent, ["last"], best.readlink().name)
     run.log.write("notice", text=f"the weights of epoch {state.best_epoch}, the best on validation, are back")
 
 
@@ -253,11 +273,13 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     for plateau in (state.phase_plateau, state.run_plateau):
         plateau.look(state.val_top1, run.config.train.min_delta)
     is_best = state.val_top1 > state.best_val_top1
+    state.seconds = round(time.perf_counter() - result.started, 2)
     if is_best:
         state.best_val_top1, state.best_epoch, result.best = state.val_top1, state.epoch, evaluation
-        result.seconds_to_best = round(time.perf_counter() - result.started, 2)
+        state.seconds_to_best = state.seconds
     state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
-    save_checkpoints(run, live, state, is_best)
+    state.scaler = run.numbers.scaler.state_dict()
+    save_checkpoints(run, live, result, is_best)
     run.log.write(
         "eval",
         epoch=state.epoch,
@@ -282,15 +304,17 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
         return evaluate(logits, inputs.val(), len(run.index.val.paths), run.numbers)
 
 
-def save_checkpoints(run: Run, live: LivePhase, state: TrainState, is_best: bool) -> None:
+def save_checkpoints(run: Run, live: LivePhase, result: FitResult, is_best: bool) -> None:
     """checkpoints/last, and checkpoints/best when this epoch is the best so far."""
     if not dist.is_main():
         return
+    state = result.state
     names = ("last", "best") if is_best else ("last",)
     model = run.model.torchvision_state()
     averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
     evaluated, trains_on = {**model, **averaged}, model if averaged else None
-    contents = checkpoint.snapshot(evaluated, trains_on, state, describe_model(run), frozen_names(run, live))
+    told = {**describe_model(run), "phases": [asdict(record) for record in result.phases]}
+    contents = checkpoint.snapshot(evaluated, trains_on, state, told, frozen_names(run, live))
     run.saver.save(names, contents)
 
 

@@ -120,13 +120,17 @@ class WeightAverage:
         return self.network.state_dict()
 
 
-def begin_phase(run: Run, index: int, state: TrainState) -> LivePhase:
-    """Cut the model, build a new engine around the live suffix, and carry optimizer state over by name."""
+def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) -> LivePhase:
+    """Cut the model, build a new engine around the live suffix, and carry optimizer state over by name.
+
+    A phase that is `resumed` began earlier: its counts, and the optimizer's state, are those of the checkpoint.
+    """
     config, phase = run.config, run.plan.phases[index]
     reset_peak_memory(run.numbers.device)
-    state.phase, state.phase_epoch, state.phase_plateau = index, state.epoch, Plateau()
-    if phase.optimizer_state == "reset":
-        state.optimizer = {}
+    if not resumed:
+        state.phase, state.phase_epoch, state.phase_plateau = index, state.epoch, Plateau()
+        if phase.optimizer_state == "reset":
+            state.optimizer = {}
     freeze(run.model, phase)
     frozen, network = run.model.cut(run.plan.cut(index))
     if config.train.batchnorm == "sync" and run.worker.world_size > 1:

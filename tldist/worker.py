@@ -70,6 +70,8 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
     sink = open_wandb(parts) if dist.is_main() else None
     if sink is not None:
         log.mirrors.append(sink.write)
+        (parts.run_dir / "logs").mkdir(exist_ok=True)
+        (parts.run_dir / "logs" / "wandb_run_id").write_text(sink.run_id)
     try:
         announce(parts)
         result = fit(parts)
@@ -166,9 +168,15 @@ def open_wandb(parts: Run) -> WandbSink | None:
         name=parts.run_dir.name,
         config=config.to_dict(settings),
         tags=[settings.recipe, settings.strategy.name, settings.model.name],
-        run_id=None,
+        run_id=wandb_run_id(parts.run_dir),
         notice=lambda text: parts.log.write("notice", text=text),
     )
+
+
+def wandb_run_id(run_dir: Path) -> str | None:
+    """The id under which an earlier process of this run wrote to W&B."""
+    path = run_dir / "logs" / "wandb_run_id"
+    return path.read_text().strip() if path.exists() else None
 
 
 def announce(parts: Run) -> None:
@@ -275,10 +283,10 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "total_params": count_parameters(dict(parts.model.named_parameters())),
         "replica_spread": result.replica_spread,
         "peak_mem_gib": max(phase["peak_mem_gib"] for phase in per_phase),
-        "seconds_to_best": result.seconds_to_best,
+        "seconds_to_best": state.seconds_to_best,
         "restored_epoch": result.restored_epoch,
         "wall_s": round(time.time() - started, 2),
-        "resumed_from": None,
+        "resumed_from": None if result.resumed_epoch is None else f"epoch {result.resumed_epoch}",
         "wandb_run_id": sink.run_id if sink is not None else None,
     }
 

@@ -51,10 +51,12 @@ def _help() -> str:
 
 
 def _train(words: Sequence[str]) -> int:
-    from tldist_launcher.arguments import parse_run
-    from tldist_launcher.launch import launch
+    from tldist_launcher.arguments import parse_resume, parse_run
+    from tldist_launcher.launch import launch, resume
 
-    print(f"run: {launch(parse_run(words, 'train'))}")
+    interrupted = parse_resume(words)
+    run_dir = launch(parse_run(words, "train", ("--resume",))) if interrupted is None else resume(*interrupted)
+    print(f"run: {run_dir}")
     return 0
 
 

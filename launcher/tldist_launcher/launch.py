@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from tldist import backbones, config, dist, worker
 from tldist.config import RunConfig, TrainingFailed, UserError
-from tldist.data.index import Index, save_index
+from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
 from tldist.tracking.console import Console, follow
@@ -31,6 +32,41 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
     settings = dataclasses.replace(settings, run_dir=str(run_dir))
     config.save(settings, run_dir / "config.yaml")
     save_index(index, run_dir / "index.json")
+    with only_one(run_dir):
+        return _to_the_end(settings, run_dir, quiet)
+
+
+def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
+    """Go on with an interrupted run in its directory, from its last checkpoint, or from the start if it has none.
+
+    `settings` are those of its config.yaml. Raises UserError where the images are not those it began with.
+    """
+    if (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir} has reached its end: nothing is left to resume")
+    settings = absolute(settings)
+    index = preflight(settings)
+    began_with = load_index(run_dir / "index.json")
+    if began_with.fingerprint != index.fingerprint:
+        raise UserError(
+            f"the images under {settings.data.root} are not those that {run_dir} began with: bring them back, or "
+            "start a new run"
+        )
+    with only_one(run_dir):
+        return _to_the_end(settings, run_dir, quiet)
+
+
+@contextlib.contextmanager
+def only_one(run_dir: Path) -> Iterator[None]:
+    """Two processes that write one run directory would spoil it."""
+    with (run_dir / "logs" / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
+        yield
+
+
+def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     try:
         _start(settings, run_dir, quiet)
     except UserError:
@@ -141,7 +177,9 @@ def _watched(start: Callable[[], Any], run_dir: Path, quiet: bool, stream: Any =
     over = threading.Event()
     with Console(stream=stream) as console:
         path = run_dir / "metrics.jsonl"
-        watcher = threading.Thread(target=follow, args=(path, console, lambda: not over.is_set()), daemon=True)
+        seen = path.stat().st_size if path.exists() else 0
+        following = {"args": (path, console, lambda: not over.is_set()), "kwargs": {"offset": seen}}
+        watcher = threading.Thread(target=follow, daemon=True, **following)
         watcher.start()
         try:
             start()

@@ -1,0 +1,218 @@
+"""An interrupted run ends as one that was not: the same weights, bit for bit, whatever it was doing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tldist import config, fit, worker
+from tldist.config import (
+    CacheConfig,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackingConfig,
+    TrainConfig,
+    UserError,
+)
+from tldist_launcher.arguments import parse_resume
+from tldist_launcher.launch import only_one, resume
+
+CASES: dict[str, dict[str, Any]] = {
+    "gradual, everything moves": {
+        "strategy": StrategyConfig(name="gradual"),
+        "data": {"mixup": 0.4, "cutmix": 1.0, "augment": "lecture"},
+        "train": TrainConfig(epochs=4, ema=0.9, accumulate=2),
+        "optim": OptimConfig(schedule="onecycle"),
+    },
+    "on a plateau": {
+        "strategy": StrategyConfig(name="gradual", unfreeze="plateau", patience=1),
+        "train": TrainConfig(epochs=4, precision="fp32", min_delta=0.2),
+        "optim": OptimConfig(name="sgd", base_lr=1e-2, schedule="cosine_restarts"),
+    },
+    "from the best, moments reset": {
+        "strategy": StrategyConfig(
+            name="two_phase", first_phase=0.5, second_phase_from="best", optimizer_state="reset"
+        ),
+        "train": TrainConfig(epochs=4, precision="fp32"),
+    },
+    "cached features, early stopping, torchvision": {
+        "strategy": StrategyConfig(name="partial"),
+        "data": {"augment": "none", "loader": "torchvision"},
+        "cache": CacheConfig(features="exact"),
+        "train": TrainConfig(epochs=4, precision="fp32", early_stop=2),
+        "optim": OptimConfig(l2_sp=0.1),
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tldist import backbones
+
+    path = tmp_path_factory.mktemp("source") / "weights.safetensors"
+    safetensors.torch.save_file(backbones.build(ModelConfig(weights="none"), 5, 32, 3).torchvision_state(), path)
+    return str(path)
+
+
+def settings(photos: Path, run_dir: Path, source: str, case: dict[str, Any]) -> RunConfig:
+    data = {"batch_size": 8, "image_size": 32, "threads": 1, **case.get("data", {})}
+    run_dir.mkdir()
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(weights=source),
+        data=DataConfig(root=str(photos), **data),
+        tracking=TrackingConfig(wandb="disabled", log_every=2),
+        **{key: value for key, value in case.items() if key != "data"},
+    )
+
+
+def weights(made: RunConfig) -> dict[str, torch.Tensor]:
+    folder = Path(made.run_dir) / "checkpoints" / "last"
+    return {
+        f"{file.name} {name}": tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(file).items()
+    }
+
+
+def rows(made: RunConfig, event: str) -> list[dict[str, Any]]:
+    lines = (Path(made.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["event"] == event]
+
+
+def same(one: RunConfig, other: RunConfig) -> None:
+    assert weights(one).keys() == weights(other).keys()
+    for name, tensor in weights(one).items():
+        assert torch.equal(tensor, weights(other)[name]), name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_interrupted_run_ends_with_the_same_bits(
+    photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Stopped before every epoch but the first, three times in all; weights, moments, average, and the summary."""
+    whole = settings(photos, tmp_path / "whole", source, CASES[name])
+    broken = settings(photos, tmp_path / "broken", source, CASES[name])
+    expected = worker.run(config.to_json(whole))
+    real = fit.train_epoch
+
+    for attempt in range(expected["epochs"]):
+
+        def interrupted(run: Any, live: Any, state: Any, stop: int = attempt + 1) -> None:
+            if state.epoch == stop:
+                raise KeyboardInterrupt
+            real(run, live, state)
+
+        monkeypatch.setattr(fit, "train_epoch", interrupted)
+        if attempt + 1 < expected["epochs"]:
+            with pytest.raises(KeyboardInterrupt):
+                worker.run(config.to_json(broken))
+        else:
+            summary = worker.run(config.to_json(broken))
+    same(whole, broken)
+    assert summary["resumed_from"] == f"epoch {expected['epochs'] - 1}"
+    kept = ("epochs", "val_top1", "best_val_top1", "best_epoch", "phases", "restored_epoch")
+    assert {key: summary[key] for key in kept} == {key: expected[key] for key in kept}
+    assert [phase["epochs"] for phase in summary["per_phase"]] == [phase["epochs"] for phase in expected["per_phase"]]
+    losses = [{r["step"]: r["loss"] for r in rows(made, "train")} for made in (whole, broken)]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_that_is_done_stays_as_it_is(photos: Path, tmp_path: Path, source: str) -> None:
+    made = settings(photos, tmp_path / "run", source, CASES["on a plateau"])
+    first = worker.run(config.to_json(made))
+    before = weights(made)
+    again = worker.run(config.to_json(made))
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(made).items())
+    assert (again["epochs"], again["val_top1"]) == (first["epochs"], first["val_top1"])
+    assert len(rows(made, "eval")) == 4
+
+
+def test_killed_and_resumed_through_the_command_line(photos: Path, tmp_path: Path, source: str) -> None:
+    """SIGKILL at some moment after the first epoch; `tldist train --resume` ends as an undisturbed run does."""
+    case = CASES["gradual, everything moves"]
+    whole = settings(photos, tmp_path / "whole", source, case)
+    worker.run(config.to_json(whole))
+    run_dir = tmp_path / "killed"
+    words = ["train", "folder", "--run-dir", str(run_dir)]
+    file = tmp_path / "config.yaml"
+    config.save(replace(whole, run_dir=""), file)
+    command = [sys.executable, "-m", "tldist_launcher.cli"]
+    process = subprocess.Popen([*command, *words, "--config", str(file)], stdout=subprocess.DEVNULL)
+    metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and '"event": "eval"' in metrics.read_text()):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = subprocess.run([*command, "train", "--resume", str(run_dir)], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    same(whole, config.load(run_dir / "config.yaml"))
+
+
+class TestCommandLine:
+    def run_dir(self, photos: Path, tmp_path: Path) -> Path:
+        from tldist.data.index import build_index, save_index
+
+        made = RunConfig(run_dir=str(tmp_path), data=DataConfig(root=str(photos), batch_size=8, image_size=32))
+        config.save(made, tmp_path / "config.yaml")
+        save_index(build_index(photos), tmp_path / "index.json")
+        (tmp_path / "logs").mkdir()
+        return tmp_path
+
+    def test_only_where_it_runs_may_change(self, photos: Path, tmp_path: Path) -> None:
+        run_dir = self.run_dir(photos, tmp_path)
+        parsed = parse_resume(["--resume", str(run_dir), "--launch.workers", "2"])
+        assert parsed is not None
+        assert (parsed[0].launch.workers, parsed[0].run_dir, parsed[1]) == (2, str(run_dir), run_dir)
+        with pytest.raises(UserError, match="epochs cannot change"):
+            parse_resume([f"--resume={run_dir}", "--train.epochs=3"])
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [(["--resume"], "needs a run directory"), (["--resume", "nowhere"], "is no run directory")],
+    )
+    def test_mistakes(self, words: list[str], says: str) -> None:
+        with pytest.raises(UserError, match=says):
+            parse_resume(words)
+
+    def test_a_run_that_ended_is_not_resumed(self, photos: Path, tmp_path: Path) -> None:
+        run_dir = self.run_dir(photos, tmp_path)
+        (run_dir / "summary.json").write_text("{}")
+        with pytest.raises(UserError, match="has reached its end"):
+            resume(config.load(run_dir / "config.yaml"), run_dir)
+
+    def test_other_images_are_refused(self, photos: Path, tmp_path: Path) -> None:
+        run_dir = self.run_dir(photos, tmp_path)
+        index = json.loads((run_dir / "index.json").read_text())
+        (run_dir / "index.json").write_text(json.dumps({**index, "fingerprint": "another"}))
+        made = replace(config.load(run_dir / "config.yaml"), model=ModelConfig(weights="none"))
+        with pytest.raises(UserError, match="are not those that"):
+            resume(made, run_dir)
+
+    def test_two_processes_do_not_write_one_run(self, tmp_path: Path) -> None:
+        (tmp_path / "logs").mkdir()
+        with only_one(tmp_path):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    with only_one(tmp_path):
+                        os._exit(1)
+                except UserError:
+                    os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0

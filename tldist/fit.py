@@ -108,23 +108,26 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
         restore_best(run, state)
     live = begin_phase(run, index, state, resumed)
     announce_phase(run, live, state)
+    if resumed and result.phases and result.phases[-1].index == index:
+        live.clock.phase = result.phases.pop().window  # what an earlier process measured of it
     while not is_phase_over(run, live.phase, state):
         train_epoch(run, live, state)
         end_epoch(run, live, result)
     run.saver.flush()
     live.engine.close()
     live.inputs.close()
-    result.phases.append(record(run, live, state.epoch - state.phase_epoch))
+    peak = dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device)
+    result.phases.append(record(live, state, peak))
 
 
-def record(run: Run, live: LivePhase, epochs: int) -> PhaseRecord:
+def record(live: LivePhase, state: TrainState, peak_mem_gib: float) -> PhaseRecord:
     """What the phase leaves for the summary."""
     return PhaseRecord(
         live.index,
-        epochs,
+        state.epoch - state.phase_epoch,
         live.clock.phase,
         live.flops.total,
-        dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device),
+        peak_mem_gib,
         live.compile_s + (live.clock.first_step_s if live.is_compiled else 0.0),
         live.inputs.fill_s,
     )
@@ -313,7 +316,8 @@ def save_checkpoints(run: Run, live: LivePhase, result: FitResult, is_best: bool
     model = run.model.torchvision_state()
     averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
     evaluated, trains_on = {**model, **averaged}, model if averaged else None
-    told = {**describe_model(run), "phases": [asdict(record) for record in result.phases]}
+    so_far = record(live, state, peak_memory_gib(run.numbers.device))
+    told = {**describe_model(run), "phases": [asdict(phase) for phase in (*result.phases, so_far)]}
     contents = checkpoint.snapshot(evaluated, trains_on, state, told, frozen_names(run, live))
     run.saver.save(names, contents)
 

@@ -111,7 +111,11 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, tuple[Command, str, str]] = {
-    "train": (_train, "train RECIPE [--section.flag VALUE ...]", "fine-tune; --config FILE repeats a run, --resume RUN_DIR goes on"),
+    "train": (
+        _train,
+        "train RECIPE [--section.flag VALUE ...]",
+        "fine-tune; --config FILE repeats a run, --resume RUN_DIR goes on",
+    ),
     "plan": (
         _plan,
         "plan RECIPE [--section.flag VALUE ...]",

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist import dist
 from tldist.backbones import Segment, StagedModel
-from tldist.batchnorm import compile_batchnorm, moved_statistics, synchronise
+from tldist.batchnorm import moved_statistics, synchronise
 from tldist.checkpoint import Plateau, TrainState
 from tldist.engine import Engine, build_engine
 from tldist.flops import StepFlops, count_flops
@@ -156,56 +156,44 @@ def freeze(model: StagedModel, phase: Phase) -> None:
         parameter.requires_grad_(phase.multiple(name) > 0)
 
 
-PREFIX_PAYS, BATCHNORM_PAYS, GPU_PAYS = 3e14, 5e13, 5e15
-"""A worker's FLOPs in a phase from which compiling wins its time back. A prefix on a CPU: up to a minute to compile, a
-few hundredths to an eighth saved at 0.8 TFLOP/s; BatchNorm: 20 s, a seventh saved at 0.5 (two cores of Zen 5). On a
-GPU, everything: 40 s, half saved at 65 TFLOP/s (an estimate)."""
+PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 5e15}
+"""A worker's FLOPs in a phase from which compiling wins its time back. CPU: about a minute to compile, an eighth saved
+of a prefix that runs at 0.6 TFLOP/s (measured, two cores of Zen 5). GPU: 40 s, half saved at 65 TFLOP/s (estimated)."""
 
 
 def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flops: StepFlops) -> float:
-    """Compile the prefix and, of what trains, all on GPUs and BatchNorm on CPUs; returns the seconds it took so far.
+    """Compile the prefix and, on GPUs, what trains; returns the seconds that the prefix took.
 
-    On CPUs a whole compiled training step was measured at 0.88 to 0.98 times the speed of the eager one. What trains
-    on a GPU compiles in its first step, which is counted there.
+    On CPUs a compiled training step was measured at 0.88 to 0.98 times the speed of the eager one, so only the
+    prefix is compiled there.
     """
-    frozen, live = _work(run, phase, flops)
-    if run.numbers.device.type == "cuda":
-        if not _wanted(run, frozen + live, GPU_PAYS):
-            return 0.0
+    mode, device = run.config.train.compile, run.numbers.device
+    if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
+        return 0.0
+    if device.type == "cuda":
         network.compile(dynamic=False)
-        return _compile_prefix(run, prefix)
-    seconds = _compile_prefix(run, prefix) if _wanted(run, frozen, PREFIX_PAYS) else 0.0
-    if run.numbers.dtype == torch.bfloat16 and _wanted(run, live, BATCHNORM_PAYS):
-        seconds += compile_batchnorm(network)
-    return seconds
-
-
-def _compile_prefix(run: Run, prefix: Prefix) -> float:
     if prefix.is_empty:
         return 0.0
     side = run.config.data.image_size
-    black = torch.zeros(run.pass_size, side, side, 3, dtype=torch.uint8, device=run.numbers.device)
+    black = torch.zeros(run.pass_size, side, side, 3, dtype=torch.uint8, device=device)
     try:
         return prefix.compile(to_input(black, run.numbers.dtype))
     except Exception as error:
-        if run.config.train.compile == "on":
+        if mode == "on":
             raise
         run.log.write("notice", text=f"the frozen prefix could not be compiled and runs as it is: {_first_line(error)}")
         return 0.0
 
 
-def _wanted(run: Run, work: float, pays_from: float) -> bool:
-    mode = run.config.train.compile
-    has_compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++"))
-    return work > 0 and (mode == "on" or (mode == "auto" and has_compiler and work > pays_from))
-
-
-def _work(run: Run, phase: Phase, flops: StepFlops) -> tuple[float, float]:
-    """This worker's FLOPs over the phase: of the frozen prefix, and of what trains."""
+def _compiling_pays(run: Run, phase: Phase, flops: StepFlops) -> bool:
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "c++", "clang++")):
+        return False
     epochs, views = min(phase.epochs, run.plan.epochs), run.config.cache.views
     passes = (views or epochs) * len(run.index.train) + (1 if views else epochs) * len(run.index.val)
-    live = (flops.forward + flops.backward) * epochs * len(run.index.train)
-    return flops.prefix * passes / run.worker.world_size, live / run.worker.world_size
+    work = flops.prefix * passes
+    if run.numbers.device.type == "cuda":
+        work += (flops.forward + flops.backward) * epochs * len(run.index.train)
+    return work / run.worker.world_size > PAYS_FROM_FLOPS[run.numbers.device.type]
 
 
 def _first_line(error: Exception) -> str:

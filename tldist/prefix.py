@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from tldist.backbones import Segment
-from tldist.batchnorm import make_plain
+from tldist.batchnorm import unsynchronise
 
 
 class Prefix:
@@ -72,7 +72,7 @@ def fold_batchnorm(stage: nn.Module) -> nn.Module:
     are copied only, so custom stages need not be traceable.
     """
     frozen = copy.deepcopy(stage).eval().requires_grad_(False)
-    make_plain(frozen)
+    unsynchronise(frozen)
     if not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules()):
         return frozen
     return fuse(frozen, inplace=True).eval().requires_grad_(False)

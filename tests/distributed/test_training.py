@@ -14,7 +14,7 @@ import torch
 from conftest import run_ranks, write_images
 
 from tldist import backbones, config, dist, worker
-from tldist.batchnorm import make_plain, synchronise
+from tldist.batchnorm import synchronise, unsynchronise
 from tldist.config import (
     CacheConfig,
     DataConfig,
@@ -270,7 +270,7 @@ def _normalised(world: int) -> dict[str, np.ndarray]:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(wrapped(images[mine]), labels[mine]).backward()
         optimizer.step()
-    make_plain(network)
+    unsynchronise(network)
     assert type(network.get_submodule("0.1")) is torch.nn.BatchNorm2d
     dist.close()
     return {name: t.numpy() for name, t in network.state_dict().items()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 import torchvision
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from tldist import backbones
 from tldist.config import ModelConfig, ModelName, OptimConfig
 from tldist_benchmarks.harness import synchronize
-from tldist_benchmarks.pool import CLASSES
+from tldist_benchmarks.pool import CLASSES, Pool, draw_pool
 
 LABEL_SMOOTHING, CLIP_NORM = 0.1, 1.0
 """The lecture's, and tldist's defaults."""
@@ -50,6 +54,56 @@ class PlainLoop:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=CLIP_NORM)
         self.optimizer.step()
         return loss.item()
+
+
+@dataclass(frozen=True)
+class PlainSpec:
+    """What a plain loop trains, and on what."""
+
+    model: ModelName
+    image_size: int
+    trained_stages: int
+    steps: int
+    batch_size: int
+    channels_last: bool
+    autocast: torch.dtype | None
+
+    def loop(self, pool: Pool) -> PlainLoop:
+        """The loop over the pool's first images, on the pool's device."""
+        memory = torch.channels_last if self.channels_last else torch.contiguous_format
+        model = plain_model(self.model, self.image_size, self.trained_stages).to(pool.labels_N.device)
+        model.to(memory_format=memory)  # type: ignore[call-overload]
+        return PlainLoop(model, pool.batches(self.steps, self.batch_size, memory), self.autocast)
+
+
+class PlainProcess:
+    """A plain loop in a process of its own, as a script would run it: with the memory allocator's own settings."""
+
+    def __init__(self, spec: PlainSpec) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tldist_benchmarks.plain"])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, spec, torch.get_num_threads()), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def epoch(self) -> float:
+        """One pass over the batches; returns the seconds."""
+        self._pipe.send("epoch")
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join(timeout=10)
+
+
+def _serve(pipe: Connection, spec: PlainSpec, threads: int) -> None:
+    torch.set_num_threads(threads)
+    loop = spec.loop(draw_pool(spec.steps * spec.batch_size, spec.image_size, torch.device("cpu")))
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            pipe.send(loop.epoch())
 
 
 def plain_model(name: ModelName, image_size: int, trained_stages: int) -> nn.Module:

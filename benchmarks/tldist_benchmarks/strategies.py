@@ -46,10 +46,11 @@ from tldist.metrics import Window
 from tldist.phase import begin_phase
 from tldist.prefix import Prefix
 from tldist.run import Run
+from tldist.worker import keep_freed_memory
 from tldist_benchmarks import harness
 from tldist_benchmarks.ceiling import Ceiling
 from tldist_benchmarks.harness import Measured, Series, Turn, show, synchronize
-from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING, PlainLoop, plain_model
+from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING, PlainProcess, PlainSpec, plain_model
 from tldist_benchmarks.pool import CLASSES, Pool, build_run, draw_pool
 
 HEAD, PARTIAL = 1, 2
@@ -178,6 +179,7 @@ class Bench:
     def __init__(self, settings: Settings, device: torch.device, folder: Path) -> None:
         self.settings, self.device, self.folder = settings, device, folder
         self.phases: list[Phase] = []
+        self.processes: list[PlainProcess] = []
         self.pool: Pool = draw_pool(settings.cached_images, settings.image_size, device)
         self.variants: dict[str, Variant] = {}
 
@@ -185,10 +187,10 @@ class Bench:
         """In the order of the table: baselines first."""
         autocast = None if self.settings.precision == "fp32" else DTYPES[self.settings.precision]
         stages = 10**6  # more than any model has: all
-        self._add_plain("lecture_full", stages, torch.contiguous_format, None)
-        self._add_plain("frozen_fp32", HEAD, torch.contiguous_format, None)
-        self._add_plain("requires_grad_only_partial", PARTIAL, torch.channels_last, autocast)
-        self._add_plain("requires_grad_only_fe", HEAD, torch.channels_last, autocast)
+        self._add_plain("lecture_full", stages, False, None)
+        self._add_plain("frozen_fp32", HEAD, False, None)
+        self._add_plain("requires_grad_only_partial", PARTIAL, True, autocast)
+        self._add_plain("requires_grad_only_fe", HEAD, True, autocast)
         self._add_phase("full", "full")
         self._add_phase("partial", "partial")
         frozen_trunk = self._add_phase("feature_extraction", "feature_extraction")
@@ -199,17 +201,18 @@ class Bench:
         self.variants["conv_ceiling"] = Variant(ceiling.turn)
 
     def close(self) -> None:
-        """End all phases."""
-        for phase in self.phases:
-            phase.close()
+        """End all phases and processes."""
+        for part in (*self.phases, *self.processes):
+            part.close()
 
-    def _add_plain(self, name: str, stages: int, memory: torch.memory_format, autocast: torch.dtype | None) -> None:
+    def _add_plain(self, name: str, stages: int, channels_last: bool, autocast: torch.dtype | None) -> None:
         show(f"building {name}")
         s = self.settings
-        model = plain_model(s.model, s.image_size, stages)
-        flops = count_flops([], model, s.image_size)
-        model = model.to(self.device).to(memory_format=memory)  # type: ignore[call-overload]
-        loop = PlainLoop(model, self.pool.batches(s.steps, s.batch_size, memory), autocast)
+        flops = count_flops([], plain_model(s.model, s.image_size, stages), s.image_size)
+        spec = PlainSpec(s.model, s.image_size, stages, s.steps, s.batch_size, channels_last, autocast)
+        loop = PlainProcess(spec) if self.device.type == "cpu" else spec.loop(self.pool)
+        if isinstance(loop, PlainProcess):
+            self.processes.append(loop)
 
         def turn() -> dict[str, float]:
             seconds = loop.epoch()
@@ -423,6 +426,8 @@ def write(settings: Settings, found: list[dict[str, Any]], measured: Measured, d
 
 def measure(settings: Settings, device: torch.device) -> tuple[Measured, list[dict[str, Any]]]:
     """All rounds of all variants."""
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run's worker does
     with tempfile.TemporaryDirectory(prefix="tldist-bench-") as folder:
         bench = Bench(settings, device, Path(folder))
         try:

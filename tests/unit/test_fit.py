@@ -215,11 +215,11 @@ def test_the_second_phase_starts_from_the_best_or_the_last(
     carried: list[torch.Tensor] = []
     real = phase.begin_phase
 
-    def watching(run: Any, index: int, state: TrainState) -> Any:
+    def watching(run: Any, index: int, state: TrainState, resumed: bool) -> Any:
         if index == 1:
             begun.update({name: t.clone() for name, t in run.model.torchvision_state().items()})
             carried.append(state.optimizer["head.fc.weight"]["momentum_buffer"].clone())
-        return real(run, index, state)
+        return real(run, index, state, resumed)
 
     monkeypatch.setattr(fit, "begin_phase", watching)
     kept: dict[int, dict[str, torch.Tensor]] = {}

@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PhaseRecord:
-    """What is told of a phase that ended; memory and the rate are of this worker and of all, as in `Window`."""
+    """What is told of a phase that ended; the window is of all workers, the memory of the largest one."""
 
     index: int
     epochs: int

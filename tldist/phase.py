@@ -157,8 +157,8 @@ def freeze(model: StagedModel, phase: Phase) -> None:
 
 
 PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 5e15}
-"""A worker's FLOPs in a phase from which compiling wins its time back. CPU: about a minute to compile, an eighth saved
-of a prefix that runs at 0.6 TFLOP/s (measured, two cores of Zen 5). GPU: 40 s, half saved at 65 TFLOP/s (estimated)."""
+"""A worker's FLOPs in a phase from which compiling wins its time back: estimates. CPU: up to half a minute to compile,
+6 % saved of a prefix at 0.8 TFLOP/s (ResNet-18, two cores of Zen 5). GPU: 40 s, half saved at 65 TFLOP/s, never run."""
 
 
 def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flops: StepFlops) -> float:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from conftest import run_ranks, write_images
 
-from tldist import backbones, config, dist, worker
+from tldist import backbones, config, dist, fit, worker
 from tldist.batchnorm import synchronise, unsynchronise
 from tldist.config import (
     CacheConfig,
@@ -314,3 +314,39 @@ def test_cached_features_on_two_ranks_are_the_uncached_run(photos: Path, tmp_pat
     assert not (tmp_path / "cached" / "features").exists()
     for key, value in weights(off).items():
         assert torch.equal(weights(cached)[key], value), key
+
+
+def _stopped_before_the_second_epoch(config_json: str) -> str:
+    """A run that dies on every rank when one epoch is done."""
+    real = fit.train_epoch
+
+    def dying(run: Any, live: Any, state: Any) -> None:
+        if state.epoch == 1:
+            raise RuntimeError("power cut")
+        real(run, live, state)
+
+    fit.train_epoch = dying
+    try:
+        worker.run(config_json)
+    except RuntimeError as error:
+        return str(error)
+    return "it ran to its end"
+
+
+def test_two_ranks_resume_with_the_same_bits(photos: Path, tmp_path: Path) -> None:
+    """BatchNorm in train mode, a moving average and Mixup; the interrupted run's second half is two other processes."""
+    base = settings(
+        photos,
+        tmp_path / "whole",
+        strategy=StrategyConfig(name="gradual"),
+        train=TrainConfig(epochs=3, precision="fp32", batchnorm="train", ema=0.9),
+    )
+    whole = replace(base, data=replace(base.data, mixup=0.4))
+    broken = replace(whole, run_dir=str(tmp_path / "broken"))
+    train(whole, 2)
+    Path(broken.run_dir).mkdir()
+    assert run_ranks(_stopped_before_the_second_epoch, 2, config.to_json(broken)) == ["power cut"] * 2
+    summary = run_ranks(worker.run, 2, config.to_json(broken))[0]
+    assert (summary["resumed_from"], summary["replica_spread"]) == ("epoch 1", 0.0)
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(broken)[key], value), key

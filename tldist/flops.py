@@ -43,9 +43,7 @@ class StepFlops:
         return self.prefix + self.forward + self.backward
 
 
-def count_flops(
-    prefix_stages: Sequence[nn.Module], network: nn.Module, image_size: int, prefix_cached: bool = False
-) -> StepFlops:
+def count_flops(prefix_stages: Sequence[nn.Module], network: nn.Module, image_size: int) -> StepFlops:
     """What a step over images_N3HW of side `image_size` costs, with gradients for what `requires_grad` in `network`.
 
     Takes modules as they are before `torch.compile`. Runs copies of them on the meta device, in eval mode: no
@@ -59,7 +57,7 @@ def count_flops(
         features, prefix = _counted(lambda: _run(frozen, torch.empty(1, 3, image_size, image_size, device="meta")))
         output, forward = _counted(lambda: live(features))
         _, backward = _counted(output.sum().backward) if output.requires_grad else (None, 0.0)
-    return StepFlops(0.0 if prefix_cached else prefix, forward, backward)
+    return StepFlops(prefix, forward, backward)
 
 
 def _on_meta(module: nn.Module) -> nn.Module:

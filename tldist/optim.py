@@ -75,11 +75,17 @@ def read_state(optimizer: Optimizer) -> OptimizerState:
 
 
 def load_state(optimizer: Optimizer, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hand each parameter the state recorded under its name; parameters without one start fresh."""
+    """Hand each parameter the state recorded under its name; parameters without one start fresh.
+
+    SGD's fresh momentum is written out as zeros: torch would take a first step's gradient for it, and where that step
+    is left out (found_inf), whatever the memory held.
+    """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in state:
                 optimizer.state[parameter] = {k: _placed(k, v, parameter) for k, v in state[name].items()}
+            elif group.get("momentum"):
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
 def _placed(key: str, value: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -142,8 +142,7 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     if inputs.cached:
         flops = replace(flops, prefix=0.0)
     objective = Supervised(network, config.train.label_smoothing, l2_sp(run, network))
-    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers)
-    engine.load_optimizer_state(state.optimizer)
+    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
     device = run.numbers.device
     clock, meter = ThroughputClock(device), TrainMeter(device)

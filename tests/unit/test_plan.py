@@ -15,7 +15,7 @@ from tldist.engine import numerics
 from tldist.engine.single import SingleEngine
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
-from tldist.optim import parameter_groups, schedule_factor
+from tldist.optim import OptimizerState, parameter_groups, schedule_factor
 from tldist.phase import freeze
 from tldist.plan import Phase, Plan, build_plan
 
@@ -134,12 +134,14 @@ class TestGroups:
             parameter_groups(model.named_parameters(), phase, OptimConfig())
 
 
-def engine_for(model: backbones.StagedModel, made: Plan, index: int, config: OptimConfig) -> SingleEngine:
+def engine_for(
+    model: backbones.StagedModel, made: Plan, index: int, config: OptimConfig, state: OptimizerState | None = None
+) -> SingleEngine:
     phase = made.phases[index]
     freeze(model, phase)
     _, network = model.cut(made.cut(index))
     network.eval()  # no batch statistics: the two histories below must differ in nothing but the rebuild
-    return SingleEngine(Supervised(network, 0.0), phase, config, numerics("fp32", torch.device("cpu")))
+    return SingleEngine(Supervised(network, 0.0), phase, config, numerics("fp32", torch.device("cpu")), state)
 
 
 def features(model: backbones.StagedModel, boundary: int, images: torch.Tensor) -> torch.Tensor:
@@ -159,8 +161,7 @@ def test_carried_state_equals_an_optimizer_that_never_stopped(optimizer: str) ->
     model = backbones.build(ModelConfig(weights="none"), 3, 32, 0).double()
     carried: dict[str, dict[str, torch.Tensor]] = {}
     for index in (0, 1):
-        engine = engine_for(model, made, index, config)
-        engine.load_optimizer_state(carried)
+        engine = engine_for(model, made, index, config, carried)
         for _ in range(3):
             engine.forward_backward(features(model, made.cut(index), images), targets)
             engine.step(1.0)

@@ -8,6 +8,7 @@ from tldist.engine.base import Engine, Numerics, numerics
 from tldist.engine.ddp import DDPEngine
 from tldist.engine.single import SingleEngine
 from tldist.objectives.base import Objective
+from tldist.optim import OptimizerState
 from tldist.plan import Phase
 
 ENGINES = {"single": SingleEngine, "ddp": DDPEngine}
@@ -23,7 +24,12 @@ def engine_kind(config: EngineConfig, world_size: int) -> str:
 
 
 def build_engine(
-    config: EngineConfig, objective: Objective, phase: Phase, optim: OptimConfig, numbers: Numerics
+    config: EngineConfig,
+    objective: Objective,
+    phase: Phase,
+    optim: OptimConfig,
+    numbers: Numerics,
+    state: OptimizerState,
 ) -> Engine:
-    """The configured engine around one phase's objective."""
-    return ENGINES[engine_kind(config, dist.world_size())](objective, phase, optim, numbers)
+    """The configured engine around one phase's objective, with the optimizer's `state` so far."""
+    return ENGINES[engine_kind(config, dist.world_size())](objective, phase, optim, numbers, state)

@@ -40,7 +40,11 @@ def numerics(precision: Precision, device: torch.device) -> Numerics:
 
 
 class Engine(Protocol):
-    """Replicates and steps one phase's live suffix. A phase boundary closes it and builds the next."""
+    """Replicates and steps one phase's live suffix. A phase boundary closes it and builds the next.
+
+    It is built with the optimizer's state of an engine that is no more (of any kind, on any number of workers), which
+    it takes over by name; parameters without any start fresh.
+    """
 
     objective: Objective
     """The unwrapped objective around the live suffix."""
@@ -52,16 +56,20 @@ class Engine(Protocol):
         step's last) also averages them over workers where there are several."""
         ...
 
-    def step(self, factor: float) -> None:
-        """Clip, step at `factor` of the peak rates, and clear the gradients."""
+    def step(self, factor: float) -> Tensor:
+        """Clip, step at `factor` of the peak rates, and clear the gradients.
+
+        Gradients that are not finite change nothing: neither weights nor the optimizer. Returns, on the device and
+        equal on all workers, 1.0 where the step was left out for them and 0.0 else.
+        """
         ...
 
     def optimizer_state(self) -> OptimizerState:
         """The optimizer's tensors by parameter name, whole; collective."""
         ...
 
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Take state over by name, from an engine that is no more; parameters not in it start fresh."""
+    def whole(self) -> AbstractContextManager[object]:
+        """Around code that reads the weights: inside, each worker holds all of them. Collective."""
         ...
 
     def close(self) -> None:

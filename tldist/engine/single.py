@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from tldist.config import OptimConfig
@@ -23,11 +24,19 @@ from tldist.plan import Phase
 class SingleEngine:
     """Forward, backward and step in one process. `DDPEngine` differs only in what it wraps around the objective."""
 
-    def __init__(self, objective: Objective, phase: Phase, config: OptimConfig, numerics: Numerics) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        phase: Phase,
+        config: OptimConfig,
+        numerics: Numerics,
+        state: OptimizerState | None = None,
+    ) -> None:
         self.objective = objective
         self.config = config
         self.numerics = numerics
         self.optimizer = build_optimizer(parameter_groups(objective.parameters_by_stage(), phase, config), config)
+        load_state(self.optimizer, state or {})
         self.scaler = numerics.scaler
         self.module = self.wrap(objective)
 
@@ -50,24 +59,35 @@ class SingleEngine:
             self.scaler.scale(loss).backward()
         return StepOutput(output.loss.detach(), output.logits.detach())
 
-    def step(self, factor: float) -> None:
-        """No host sync: the clip factor and fp16's skip decision stay on the device."""
+    def step(self, factor: float) -> Tensor:
+        """No host sync: the clip factor, and whether the step is left out, stay on the device."""
         set_learning_rates(self.optimizer, self.config.base_lr, factor)
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm:
-            self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        skipped = 1.0 - torch.isfinite(norm).float()
+        self._step(skipped)
         self.optimizer.zero_grad(set_to_none=True)
+        return skipped
+
+    def _step(self, skipped: Tensor) -> None:
+        """fp16's scaler finds out by itself; what it tells a fused optimizer is told to it here in other precisions."""
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            return
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
 
     def optimizer_state(self) -> OptimizerState:
         """The live tensors by parameter name."""
         return read_state(self.optimizer)
 
-    def load_optimizer_state(self, state: OptimizerState) -> None:
-        """For the parameters this engine trains."""
-        load_state(self.optimizer, state)
+    def whole(self) -> AbstractContextManager[object]:
+        """They always are."""
+        return nullcontext()
 
     def close(self) -> None:
         """Drop gradients, so that parameters that freeze again keep none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,22 @@ def moved_statistics(network: nn.Module) -> list[Tensor]:
         for statistic in (module.running_mean, module.running_var)
         if statistic is not None
     ]
+
+
+@torch.no_grad()
+def put_back(statistics: Sequence[Tensor], kept: Tensor, where: Tensor) -> None:
+    """Where the flag is 1.0, give statistics their earlier values (`flat` of them); no host sync.
+
+    A step that is left out because its gradients were not finite may have moved them to NaN, for good.
+    """
+    values = torch.where(where > 0, kept, flat(statistics))
+    for statistic, value in zip(statistics, values.split([s.numel() for s in statistics]), strict=True):
+        statistic.copy_(value)
+
+
+def flat(statistics: Sequence[Tensor]) -> Tensor:
+    """A copy of all, one after the other."""
+    return torch.cat([statistic.reshape(-1) for statistic in statistics])
 
 
 class _WorkerSum(torch.autograd.Function):

@@ -1,15 +1,19 @@
-"""What a run leaves on disk: weights under torchvision's names, optimizer state by name, and where it stood."""
+"""What a run leaves on disk: weights under torchvision's names, optimizer state by name, and where it stood.
+
+Any engine on any number of workers reads it. A folder `checkpoints/epoch-0003` is what stood after three epochs,
+`epoch-0003-step-000017` what stood 17 steps later; `last` and `best` are links to such folders. SHA256SUMS tells a
+whole folder from a damaged one (`sha256sum -c` reads it too).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-import threading
-import time
 from collections.abc import Container, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from tldist.config import UserError
 from tldist.optim import OptimizerState
 
 
@@ -43,7 +48,7 @@ class TrainState:
     epoch: int = 0
     """Epochs finished."""
     step: int = 0
-    """Optimizer steps finished."""
+    """Optimizer steps finished, those of an unfinished epoch too: they tell the position in it."""
     val_top1: float = 0.0
     best_val_top1: float = -1.0
     best_epoch: int = 0
@@ -58,6 +63,10 @@ class TrainState:
     """The moving average of what trains, by parameter and buffer name; empty without --train.ema."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """fp16's loss scale; empty otherwise."""
+    workers: dict[str, Tensor] = field(default_factory=dict)
+    """Inside an epoch, one row for each worker: what each of them has alone (see LivePhase.own)."""
+    skipped_steps: int = 0
+    """Steps left out because their gradients were not finite."""
     seconds: float = 0.0
     """Spent in the loop until this epoch's end, and until the best epoch's."""
     seconds_to_best: float = 0.0
@@ -67,13 +76,20 @@ class TrainState:
 class Snapshot:
     """A checkpoint's contents, out of reach of further training."""
 
-    epoch: int
+    name: str
     tensors: dict[str, dict[str, Tensor]]
     """File -> its tensors."""
-    state: dict[str, Any]
+    texts: dict[str, str]
+    """File -> what it says."""
+
+
+def folder_name(epoch: int, position: int = 0) -> str:
+    """Of the checkpoint `position` steps after `epoch` epochs. Their alphabetical order is that of time."""
+    return f"epoch-{epoch:04d}" + (f"-step-{position:06d}" if position else "")
 
 
 def snapshot(
+    name: str,
     model: dict[str, Tensor],
     live: dict[str, Tensor] | None,
     state: TrainState,
@@ -82,103 +98,127 @@ def snapshot(
 ) -> Snapshot:
     """Copy what a checkpoint holds; tensors of `model` named in `fixed` do not change and are only referred to.
 
-    model.safetensors: what was evaluated, under torchvision's names; live.safetensors: what trains on, where that is
-    another (a moving average was evaluated); optimizer.safetensors: `parameter/key`; state.json: the rest.
+    model.safetensors: what is evaluated, under torchvision's names; live.safetensors: what trains on, where that is
+    another (a moving average is evaluated); optimizer.safetensors: `parameter/key`; workers.safetensors: what each
+    worker has alone, inside an epoch; state.json: the rest.
     """
     moments = {f"{name}/{key}": t for name, tensors in state.optimizer.items() for key, t in tensors.items()}
-    files = {"model": model, "optimizer": moments} | ({} if live is None else {"live": live})
-    scalars = dataclasses.asdict(dataclasses.replace(state, optimizer={}, average={}))
-    del scalars["optimizer"], scalars["average"]
+    files = {"model": model, "optimizer": moments}
+    files |= {file: named for file, named in {"live": live, "workers": state.workers}.items() if named}
+    scalars = dataclasses.asdict(dataclasses.replace(state, **{name: {} for name in _TENSORS}))
+    for own in _TENSORS:
+        del scalars[own]
     tensors = {
         f"{file}.safetensors": {
             name: t.detach().cpu() if name in fixed else t.detach().to("cpu", copy=True) for name, t in named.items()
         }
         for file, named in files.items()
     }
-    return Snapshot(state.epoch, tensors, {**extra, **scalars})
+    return Snapshot(name, tensors, {"state.json": json.dumps({**extra, **scalars}, indent=1)})
 
 
-def save(folder: Path, names: Sequence[str], contents: Snapshot) -> None:
-    """Write `folder/epoch-N` once and point `folder/NAME` at it for each name; what no name points at is removed.
+_TENSORS = ("optimizer", "average", "workers")
 
-    A name is a link that is replaced in one step, so a reader sees the old checkpoint or the new one, whenever
-    the process dies.
+
+def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> None:
+    """Write one checkpoint, point `folder/NAME` at it for each name, and remove all but the last `keep` and the named.
+
+    It is written under another name and renamed when it is whole and on the disk; a name is a link that is replaced
+    in one step. So a reader sees the old checkpoint or the new one, whenever the process dies. Raises OSError, and
+    leaves no part of it, where the disk is full.
     """
-    fresh = folder / f"epoch-{contents.epoch:04d}"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    draft, whole = folder / ".draft", folder / contents.name
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        _write(draft, contents)
+        if whole.exists():  # saved twice, or damaged
+            whole.rename(folder / ".old")
+        draft.rename(whole)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    point(folder, names, whole.name, keep)
+
+
+def _write(folder: Path, contents: Snapshot) -> None:
     for file, tensors in contents.tensors.items():
-        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, fresh / file)
-    (fresh / "state.json").write_text(json.dumps(contents.state, indent=1))
-    for path in (*fresh.iterdir(), fresh, folder):
+        safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, folder / file)
+    for file, text in contents.texts.items():
+        (folder / file).write_text(text)
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    for path in (*folder.iterdir(), folder):
         _sync(path)
-    point(folder, names, fresh.name)
 
 
-class Saver:
-    """Writes checkpoints on a thread of its own, at most a tenth of the time.
+SUMS = "SHA256SUMS"
 
-    Epochs from cached features take milliseconds, a checkpoint does not: of several that wait under one name only
-    the newest is written. `flush` writes what waits.
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None where every file is as it was written."""
+    try:
+        lines = (checkpoint / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        for path in sorted(checkpoint.iterdir()):
+            if path.name != SUMS and path.name not in sums:
+                return f"{SUMS} does not know {path.name}"
+        for name, digest in sums.items():
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"it cannot be read ({error})"
+    return None if {"state.json", "model.safetensors"} <= sums.keys() else f"{SUMS} was cut short"
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint (None: there is none at all) and a sentence on each damaged one that is newer.
+
+    A damaged one is set aside under another name, so that it is never taken for the newest again. Raises
+    DamagedCheckpoint where none is whole.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._thread = ThreadPoolExecutor(1)
-        self._waiting: dict[str, Snapshot] = {}
-        self._lock, self._hurry = threading.Lock(), threading.Event()
-        self._writing: Future[None] | None = None
-
-    def save(self, names: Sequence[str], contents: Snapshot) -> None:
-        """Soon. Raises what an earlier write raised."""
-        with self._lock:
-            self._waiting |= dict.fromkeys(names, contents)
-        if self._writing is None or self._writing.done():
-            self.check()
-            self._writing = self._thread.submit(self._write)
-
-    def check(self) -> None:
-        """Raise what a finished write raised."""
-        if self._writing is not None and self._writing.done():
-            self._writing.result()
-
-    def flush(self) -> None:
-        """Wait until everything is on disk."""
-        self._hurry.set()
-        if self._writing is not None:
-            self._writing.result()
-        self._write()  # what came while the thread was ending
-        self._hurry.clear()
-
-    def close(self) -> None:
-        """Write what waits, and end."""
-        try:
-            self.flush()
-        finally:
-            self._thread.shutdown()
-
-    def _write(self) -> None:
-        while waiting := self._take():
-            started = time.monotonic()
-            for contents in {id(contents): contents for contents in waiting.values()}.values():
-                save(self.folder, [name for name in waiting if waiting[name] is contents], contents)
-            self._hurry.wait(9 * (time.monotonic() - started))
-
-    def _take(self) -> dict[str, Snapshot]:
-        with self._lock:
-            taken, self._waiting = self._waiting, {}
-        return taken
+    said: list[str] = []
+    for found in sorted(folder.glob("epoch-*"), reverse=True):
+        reason = damage(found)
+        if reason is None:
+            point(folder, ["last"], found.name)
+            return found, said
+        said.append(f"the checkpoint {found.name} is damaged: {reason}")
+        aside = folder / f"damaged-{found.name}"
+        shutil.rmtree(aside, ignore_errors=True)
+        found.rename(aside)
+    if said or list(folder.glob("damaged-*")):
+        raise DamagedCheckpoint(
+            f"no checkpoint in {folder} is whole, {'; '.join(said) or 'see there'}: start a new run"
+        )
+    return None, []
 
 
-def point(folder: Path, names: Sequence[str], target: str) -> None:
-    """Let each name lead to `folder/target`, in one step, and remove what no name leads to any more."""
+class DamagedCheckpoint(UserError):  # noqa: N818 - it states a fact of the disk
+    """A checkpoint that is needed is not what was written."""
+
+
+def best(folder: Path) -> Path:
+    """The checkpoint of the best epoch. Raises DamagedCheckpoint."""
+    found = (folder / "best").resolve()
+    reason = damage(found)
+    if reason is not None:
+        raise DamagedCheckpoint(f"the checkpoint of the best epoch, {found}, is damaged: {reason}")
+    return found
+
+
+def point(folder: Path, names: Sequence[str], target: str, keep: int = 0) -> None:
+    """Let each name lead to `folder/target`, in one step; with `keep`, remove older checkpoints that have no name."""
     for name in names:
         link = folder / f".{name}"
         link.unlink(missing_ok=True)
         link.symlink_to(target)
         link.replace(folder / name)
     _sync(folder)
-    _remove_unnamed(folder)
+    if keep:
+        _remove_older(folder, keep)
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -197,7 +237,9 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict[str, Any]]:
     told = json.loads((checkpoint / "state.json").read_text())
     own = {f.name: told.pop(f.name) for f in dataclasses.fields(TrainState) if f.name in told}
     own |= {name: Plateau(**own[name]) for name in ("phase_plateau", "run_plateau")}
-    return TrainState(**own, optimizer=read_optimizer(checkpoint)), told
+    workers = checkpoint / "workers.safetensors"
+    rows = safetensors.torch.load_file(workers) if workers.exists() else {}
+    return TrainState(**own, optimizer=read_optimizer(checkpoint), workers=rows), told
 
 
 def read_optimizer(checkpoint: Path) -> OptimizerState:
@@ -209,11 +251,19 @@ def read_optimizer(checkpoint: Path) -> OptimizerState:
     return found
 
 
-def _remove_unnamed(folder: Path) -> None:
-    named = {path.resolve() for path in folder.iterdir() if path.is_symlink()}
-    for path in folder.glob("epoch-*"):
-        if path.resolve() not in named:
-            shutil.rmtree(path)
+def _remove_older(folder: Path, keep: int) -> None:
+    named = {path.resolve().name for path in folder.iterdir() if path.is_symlink()}
+    for path in sorted(folder.glob("epoch-*"))[:-keep]:
+        if path.name not in named:
+            with contextlib.suppress(OSError):  # it never looks like a checkpoint again, however far this comes
+                shutil.rmtree(folder / ".old", ignore_errors=True)
+                path.rename(folder / ".old")
+    shutil.rmtree(folder / ".old", ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

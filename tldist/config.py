@@ -189,6 +189,9 @@ class TrainConfig(Section):
     """Evaluate and save an exponential moving average of the weights with this decay (0.999, say); 0 is off."""
     early_stop: int = 0
     """Stop after this many epochs without improvement and restore the best weights; 0 is off."""
+    max_skipped: int = 20
+    """A step whose gradients are not finite is left out and counted; stop after this many in a row. (fp16 needs up to
+    17 to find its loss scale.)"""
     min_delta: float = 0.0
     """Rise of validation top-1 that counts as an improvement, for early stopping and for unfreezing on a plateau."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -218,6 +221,18 @@ class CacheConfig(Section):
 
 
 @dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """What stands on the disk should the run be interrupted. The end of every epoch is always saved."""
+
+    minutes: float = 10.0
+    """Also save inside an epoch, when the last checkpoint is this old; 0: by steps alone."""
+    steps: int = 0
+    """Also save inside an epoch, each time so many of its steps are done; 0: by time alone."""
+    keep: int = 2
+    """Keep so many of the last checkpoints, besides the best: should one be damaged, the one before it is used."""
+
+
+@dataclass(frozen=True)
 class EngineConfig(Section):
     """How the live suffix is replicated and stepped."""
 
@@ -229,11 +244,26 @@ class EngineConfig(Section):
 class LaunchConfig(Section):
     """Where the workers run."""
 
-    workers: int = 1
-    """Worker processes: one per GPU, or sharing the cores where there is none."""
+    workers: int | str = 1
+    """Worker processes: one per GPU, or sharing the cores where there is none. 2:8 is elastic: start with 2 to 8, as
+    many as there are, and go on with fewer when a node is lost and with more when one comes. The images of a step and
+    the learning rate stay as they are; fewer workers pass more images each, in more parts."""
     kind: Literal["auto", "ray", "local"] = "auto"
     """ray: Ray Train, on this machine or on the cluster at RAY_ADDRESS; local: one worker, in this process.
     auto: ray with more than one worker or with RAY_ADDRESS set, else local."""
+    restarts: int = 3
+    """Workers that die without a word (a lost node, the kernel's out-of-memory killer) are started again, from the last
+    checkpoint, at most so many times without a new one."""
+
+    @property
+    def least(self) -> int:
+        """Workers with which the run goes on."""
+        return int(str(self.workers).partition(":")[0])
+
+    @property
+    def most(self) -> int:
+        """Workers that it uses where they are to be had."""
+        return int(str(self.workers).rpartition(":")[2])
 
 
 @dataclass(frozen=True)
@@ -264,12 +294,15 @@ class RunConfig(Section):
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def validate(self) -> None:
         """Raise UserError for values no run can use; needs neither data nor devices."""
+        if not re.fullmatch(r"-?\d+(:\d+)?", str(self.launch.workers)):
+            raise UserError(f"--launch.workers '{self.launch.workers}' is no number: give one, or two as in 2:8")
         for bad, sentence in _rules(self):
             if bad:
                 raise UserError(sentence)
@@ -281,7 +314,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--data.batch-size": c.data.batch_size,
         "--data.image-size": c.data.image_size,
         "--train.epochs": c.train.epochs,
-        "--launch.workers": c.launch.workers,
+        "--launch.workers": c.launch.least,
         "--tracking.log-every": c.tracking.log_every,
         "--strategy.trainable-stages": c.strategy.trainable_stages,
         "--strategy.epochs-per-stage": c.strategy.epochs_per_stage,
@@ -291,6 +324,8 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--strategy.patience": c.strategy.patience,
         "--optim.restart-epochs": c.optim.restart_epochs,
         "--train.accumulate": c.train.accumulate,
+        "--train.max-skipped": c.train.max_skipped,
+        "--checkpoint.keep": c.checkpoint.keep,
     }
     not_negative = {
         "--data.mixup": c.data.mixup,
@@ -304,6 +339,9 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--train.early-stop": c.train.early_stop,
         "--train.min-delta": c.train.min_delta,
         "--cache.gib": c.cache.gib,
+        "--checkpoint.minutes": c.checkpoint.minutes,
+        "--launch.restarts": c.launch.restarts,
+        "--checkpoint.steps": c.checkpoint.steps,
         "--seed": c.seed,
     }
     shares = {
@@ -317,9 +355,13 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
     rules += [(not 0 <= v < 1, f"{flag} is {v}: give a share from 0 to below 1") for flag, v in shares.items()]
     numbers = {**positive, **not_negative}.items()
     rules += [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
-    workers, batch = c.launch.workers, c.data.batch_size
+    workers, batch = c.launch.most, c.data.batch_size
     return [
         *rules,
+        (
+            c.launch.least > workers,
+            f"--launch.workers {c.launch.workers} asks for more workers at least than at most: write the smaller first",
+        ),
         (
             batch % max(workers, 1) != 0,
             f"--data.batch-size {batch} cannot be shared evenly by {workers} workers: use a multiple of {workers}",

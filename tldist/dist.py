@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -133,6 +134,15 @@ def replica_spread(tensors: Mapping[str, torch.Tensor]) -> float:
         f"the workers' copies of '{name}' differ by up to {spread:.3g} ({len(different)} of {len(tensors)} tensors "
         "differ): the run stops here, its last checkpoint was written before"
     )
+
+
+def from_main(value: Any) -> Any:
+    """The main worker's value, on every worker."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    td.broadcast_object_list(told)
+    return told[0]
 
 
 def any_worker(condition: bool, device: torch.device) -> bool:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from tldist import dist, worker
-from tldist.batchnorm import set_modes
 from tldist.checkpoint import TrainState
 from tldist.config import CacheConfig, EngineConfig, LaunchConfig, RunConfig, UserError
 from tldist.fit import train_step
@@ -106,7 +105,7 @@ def trial(settings: RunConfig, run_dir: str) -> RunConfig:
 
     A pass shows as many images as on one of several workers, so that BatchNorm and memory are as they will be.
     """
-    parts = settings.train.accumulate * settings.launch.workers
+    parts = settings.train.accumulate * settings.launch.most
     train = dataclasses.replace(settings.train, accumulate=parts, compile="off", ema=0.0)
     return dataclasses.replace(
         settings, run_dir=run_dir, train=train, cache=CacheConfig(), engine=EngineConfig(), launch=LaunchConfig()
@@ -131,12 +130,13 @@ def measure(settings: RunConfig, sweep: Sweep, progress: Callable[[Iterable[floa
 def _climb(parts: Run, sweep: Sweep, rates: Iterable[float]) -> list[float]:
     """A step at each rate, epoch after epoch, until they are done or the loss is lost."""
     live = begin_phase(parts, 0, TrainState())
-    set_modes(live.network, live.phase, parts.config.train.batchnorm)
+    live.train_mode(parts.config.train.batchnorm)
     batches = itertools.chain.from_iterable(live.inputs.train(epoch) for epoch in itertools.count())
     losses: list[float] = []
     for step, (rate, batch) in enumerate(zip(rates, batches, strict=False)):
         train_step(parts, live, step, batch, rate / parts.config.optim.base_lr)
-        losses.append(live.meter.read()[0])
+        loss = live.meter.read()[0]
+        losses.append(math.nan if loss is None else loss)
         if is_lost(losses, sweep.memory):
             break
     live.engine.close()

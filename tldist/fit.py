@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +14,11 @@ from torch import Tensor
 
 from tldist import checkpoint, dist
 from tldist.backbones import IMAGE_MEAN, IMAGE_STD
-from tldist.batchnorm import set_modes
-from tldist.checkpoint import TrainState
+from tldist.batchnorm import flat, put_back
+from tldist.checkpoint import DamagedCheckpoint, Snapshot, TrainState
+from tldist.control import Diverged, Stopped
 from tldist.data.mixing import draw_mix, mix_features, mixed_targets, step_generator
-from tldist.evaluate import Evaluation, evaluate
+from tldist.evaluate import Evaluation, evaluate, predictions
 from tldist.flops import mfu
 from tldist.metrics import ThroughputClock, Window, peak_memory_gib
 from tldist.objectives.base import Targets
@@ -46,19 +49,18 @@ class FitResult:
 
     state: TrainState = field(default_factory=TrainState)
     phases: list[PhaseRecord] = field(default_factory=list)
-    best: Evaluation | None = None
     replica_spread: float = 0.0
     restored_epoch: int | None = None
     """The epoch whose weights the run ended with, where early stopping restored them."""
-    resumed_epoch: int | None = None
-    """The epoch after which this process went on with an interrupted run."""
+    resumed_from: str | None = None
+    """The checkpoint from which this process went on with an interrupted run."""
     started: float = field(default_factory=time.perf_counter)
 
 
 def fit(run: Run) -> FitResult:
     """Run the plan from its first phase, or from where an earlier process was interrupted, to its last."""
     result = resume(run)
-    resumed_phase = result.state.phase if result.resumed_epoch is not None else None
+    resumed_phase = result.state.phase if result.resumed_from is not None else None
     for index, phase in enumerate(run.plan.phases):
         ran = resumed_phase is not None and index < resumed_phase
         ended = index == resumed_phase and is_phase_over(run, phase, result.state)
@@ -67,15 +69,18 @@ def fit(run: Run) -> FitResult:
     if run.config.train.early_stop and result.state.best_epoch < result.state.epoch:
         restore_best(run, result.state)
         if dist.is_main():
-            checkpoint.point(run.run_dir / "checkpoints", ["last"], f"epoch-{result.state.best_epoch:04d}")
+            checkpoint.point(run.saver.folder, ["last"], checkpoint.folder_name(result.state.best_epoch))
         result.restored_epoch, result.state.val_top1 = result.state.best_epoch, result.state.best_val_top1
     return result
 
 
 def resume(run: Run) -> FitResult:
-    """What an earlier process left in the run directory, loaded on every worker; a new start where it left nothing."""
-    last = run.run_dir / "checkpoints" / "last"
-    if not last.exists():
+    """What an earlier process left in the run directory, loaded on every worker; a new start where it left nothing.
+
+    Raises DamagedCheckpoint where it left checkpoints and none is whole.
+    """
+    last = find_checkpoint(run)
+    if last is None:
         return FitResult()
     state, told = checkpoint.read_state(last)
     run.model.load_torchvision_state(checkpoint.read_live(last))
@@ -85,8 +90,24 @@ def resume(run: Run) -> FitResult:
     if state.scaler:
         run.numbers.scaler.load_state_dict(state.scaler)
     phases = [PhaseRecord(**{**record, "window": Window(**record["window"])}) for record in told["phases"]]
-    run.log.write("notice", text=f"resumed after epoch {state.epoch}, step {state.step}")
-    return FitResult(state, phases, resumed_epoch=state.epoch, started=time.perf_counter() - state.seconds)
+    run.log.write("notice", text=f"resumed from {last.name}: after epoch {state.epoch}, step {state.step}")
+    return FitResult(state, phases, resumed_from=last.name, started=time.perf_counter() - state.seconds)
+
+
+def find_checkpoint(run: Run) -> Path | None:
+    """The newest whole checkpoint; the main worker looks for it, says which are damaged, and tells the others."""
+    found, failure = None, None
+    if dist.is_main():
+        try:
+            found, damaged = checkpoint.newest(run.saver.folder)
+            for sentence in damaged:
+                run.log.write("notice", text=f"{sentence}; the one before it is used: {found and found.name}")
+        except DamagedCheckpoint as error:
+            failure = str(error)
+    found, failure = dist.from_main((found, failure))
+    if failure:
+        raise DamagedCheckpoint(failure)
+    return found
 
 
 def is_over(run: Run, state: TrainState) -> bool:
@@ -111,9 +132,10 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     if resumed and result.phases and result.phases[-1].index == index:
         live.clock.phase = result.phases.pop().window  # what an earlier process measured of it
     while not is_phase_over(run, live.phase, state):
-        train_epoch(run, live, state)
+        train_epoch(run, live, result)
         end_epoch(run, live, result)
     run.saver.flush()
+    tell_news(run)
     live.engine.close()
     live.inputs.close()
     peak = dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device)
@@ -135,9 +157,9 @@ def record(live: LivePhase, state: TrainState, peak_mem_gib: float) -> PhaseReco
 
 def restore_best(run: Run, state: TrainState) -> None:
     """Weights and optimizer state of the best epoch, on every worker."""
-    run.saver.flush()
+    run.saver.flush(must=True)
     dist.barrier()
-    best = run.run_dir / "checkpoints" / "best"
+    best = checkpoint.best(run.saver.folder)
     run.model.load_torchvision_state(checkpoint.read_weights(best))
     state.optimizer, state.average = checkpoint.read_optimizer(best), {}
     dist.barrier()
@@ -160,18 +182,47 @@ def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:
     )
 
 
-def train_epoch(run: Run, live: LivePhase, state: TrainState) -> None:
-    """One pass over the training images."""
-    config, steps = run.config, run.steps_per_epoch
-    set_modes(live.network, live.phase, config.train.batchnorm)
+def train_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
+    """One pass over the training images, or what is left of it after an interruption. Raises Stopped and Diverged."""
+    config, state, steps = run.config, result.state, run.steps_per_epoch
+    done = position(run, state)
+    live.train_mode(config.train.batchnorm)
+    if state.workers:
+        live.take_own(state.workers)
+        state.workers = {}
+    run.control.begin()
     live.clock.start()
     with live.threads(run.pass_size):
-        for epoch_step, batch in enumerate(_timed(live.inputs.train(state.epoch), live.clock), start=1):
+        for epoch_step, batch in enumerate(_timed(live.inputs.train(state.epoch, done), live.clock), start=done + 1):
             train_step(run, live, state.step, batch, factor_at(run, live, state, state.step))
             state.step += 1
             live.clock.step(config.data.batch_size)
             if epoch_step % config.tracking.log_every == 0 or epoch_step == steps:
                 log_training(run, live, state, epoch_step)
+            obey(run, live, result, is_last=epoch_step == steps)
+
+
+def position(run: Run, state: TrainState) -> int:
+    """Steps done of the epoch under way."""
+    return state.step - state.epoch * run.steps_per_epoch
+
+
+def obey(run: Run, live: LivePhase, result: FitResult, is_last: bool) -> None:
+    """Between two steps: save or stop where it is time to; every worker at the same step."""
+    checkpoints, state = run.config.checkpoint, result.state
+    orders = run.control.after_step(live.meter.skips, now=is_last)
+    if orders.most_skipped >= run.config.train.max_skipped:
+        raise Diverged(
+            f"the gradients of {orders.most_skipped} steps in a row, up to step {state.step}, were not finite; none of "
+            f"these steps was taken, and the checkpoints in {run.saver.folder} are from before: lower --optim.base-lr, "
+            "or look at the images"
+        )
+    due = orders.save or (checkpoints.steps > 0 and state.step % checkpoints.steps == 0)
+    if orders.stop or (due and not is_last):  # an epoch's end is saved anyway
+        save_checkpoint(run, live, result, ("last",))
+    if orders.stop:
+        run.saver.flush(must=True)
+        raise Stopped(f"stopped after step {state.step}, and saved")
 
 
 def factor_at(run: Run, live: LivePhase, state: TrainState, step: int) -> float:
@@ -198,13 +249,17 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
     data, inputs = run.config.data, live.inputs
     generator = step_generator(run.numbers.device, run.config.seed, step, run.worker.rank)
     seed_default_generators(generator)
+    kept = flat(live.moving) if live.moving else None
     mix = draw_mix(data, len(batch.labels_N), generator)
     targets = mixed_targets(batch.labels_N, mix)
     if mix is not None and data.mix_at == "cut":
         passes(run, live, mix_features(inputs.encode(inputs.inputs(batch)), mix), targets, lambda x: x)
     else:
         passes(run, live, inputs.inputs(batch, mix), targets, inputs.encode)
-    live.engine.step(factor)
+    skipped = live.engine.step(factor)
+    live.meter.skipped(skipped)
+    if kept is not None:
+        put_back(live.moving, kept, skipped)
     if live.average is not None:
         live.average.update(live.network, step)
 
@@ -235,6 +290,7 @@ def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Calla
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:
     """One line of metrics: one all-reduce, one copy to the host. Memory is this worker's; the summary has all."""
+    tell_news(run)
     loss, top1 = live.meter.read()
     window = live.clock.stop()
     factor = factor_at(run, live, state, state.step - 1)
@@ -262,27 +318,31 @@ def speed(run: Run, window: Window, flops_per_image: float) -> dict[str, float |
     return {"tflops_per_s": round(tflops, 4), "mfu": None if share is None else round(share, 4)}
 
 
+def tell_news(run: Run) -> None:
+    """What the thread that writes checkpoints has to say."""
+    if news := run.saver.news():
+        run.log.write("notice", text=news)
+
+
 def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     """Agree on BatchNorm statistics, prove that replicas agree, evaluate, save."""
     state = result.state
     state.epoch += 1
+    state.skipped_steps += live.meter.read_skipped()
     live.agree_on_statistics()
-    if live.average is not None:
-        state.average = live.average.state()
-    averages = {f"average of {name}": tensor for name, tensor in state.average.items()}
+    averages = {} if live.average is None else live.average.state()
+    averages = {f"average of {name}": tensor for name, tensor in averages.items()}
     result.replica_spread = dist.replica_spread({**run.model.state_dict(), **averages})
     evaluation = evaluate_model(run, live)
     state.val_top1 = evaluation.top1
     for plateau in (state.phase_plateau, state.run_plateau):
         plateau.look(state.val_top1, run.config.train.min_delta)
-    is_best = state.val_top1 > state.best_val_top1
-    state.seconds = round(time.perf_counter() - result.started, 2)
-    if is_best:
-        state.best_val_top1, state.best_epoch, result.best = state.val_top1, state.epoch, evaluation
-        state.seconds_to_best = state.seconds
-    state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
-    state.scaler = run.numbers.scaler.state_dict()
-    save_checkpoints(run, live, result, is_best)
+    if state.val_top1 > state.best_val_top1:
+        state.best_val_top1, state.best_epoch = state.val_top1, state.epoch
+        state.seconds_to_best = round(time.perf_counter() - result.started, 2)
+        save_checkpoint(run, live, result, ("last", "best"), evaluation)
+    else:
+        save_checkpoint(run, live, result, ("last",))
     run.log.write(
         "eval",
         epoch=state.epoch,
@@ -292,6 +352,7 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
         val_top1=state.val_top1,
         best_val_top1=state.best_val_top1,
         replica_spread=result.replica_spread,
+        skipped_steps=state.skipped_steps,
     )
 
 
@@ -307,19 +368,35 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
         return evaluate(logits, inputs.val(), len(run.index.val.paths), run.numbers)
 
 
-def save_checkpoints(run: Run, live: LivePhase, result: FitResult, is_best: bool) -> None:
-    """checkpoints/last, and checkpoints/best when this epoch is the best so far."""
-    if not dist.is_main():
-        return
-    state = result.state
-    names = ("last", "best") if is_best else ("last",)
-    model = run.model.torchvision_state()
+def save_checkpoint(
+    run: Run, live: LivePhase, result: FitResult, names: Sequence[str], evaluation: Evaluation | None = None
+) -> None:
+    """Where the run stands, under `names`; with the predictions of its evaluation, where there are any. Collective."""
+    state, done = result.state, position(run, result.state)
+    state.seconds = round(time.perf_counter() - result.started, 2)
+    state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
+    state.scaler = run.numbers.scaler.state_dict()
+    state.average = {} if live.average is None else live.average.state()
+    state.workers = live.own() if done else {}
+    run.control.saved()
+    with live.engine.whole():
+        if dist.is_main():
+            contents = snapshot_of(run, live, result, checkpoint.folder_name(state.epoch, done))
+            if evaluation is not None:
+                shown = predictions(evaluation, run.index.val, run.index.classes)
+                contents.texts["predictions.json"] = json.dumps(shown)
+            run.saver.save(names, contents)
+    state.workers = {}
+
+
+def snapshot_of(run: Run, live: LivePhase, result: FitResult, name: str) -> Snapshot:
+    """A copy of all that the run would need to go on from here."""
+    state, model = result.state, run.model.torchvision_state()
     averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
     evaluated, trains_on = {**model, **averaged}, model if averaged else None
     so_far = record(live, state, peak_memory_gib(run.numbers.device))
     told = {**describe_model(run), "phases": [asdict(phase) for phase in (*result.phases, so_far)]}
-    contents = checkpoint.snapshot(evaluated, trains_on, state, told, frozen_names(run, live))
-    run.saver.save(names, contents)
+    return checkpoint.snapshot(name, evaluated, trains_on, state, told, frozen_names(run, live))
 
 
 def frozen_names(run: Run, live: LivePhase) -> set[str]:

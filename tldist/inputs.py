@@ -39,8 +39,8 @@ class Inputs(Protocol):
     fill_s: float
     """Seconds it took to fill a cache."""
 
-    def train(self, epoch: int) -> Iterator[Any]:
-        """This worker's batches of one epoch, one for each step."""
+    def train(self, epoch: int, first: int = 0) -> Iterator[Any]:
+        """This worker's batches of one epoch, one for each step from `first` on."""
         ...
 
     def val(self) -> Iterator[Any]:
@@ -69,7 +69,7 @@ class ImageInputs:
     def __init__(self, run: Run, prefix: Prefix) -> None:
         self.run, self.prefix = run, prefix
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Through the training loader."""
         config = self.run.config
         return self.run.train_loader.batches(
@@ -81,6 +81,7 @@ class ImageInputs:
                 config.seed,
                 epoch,
                 self.run.worker,
+                first,
             )
         )
 
@@ -138,10 +139,10 @@ class CachedInputs:
         labels = {"train": run.index.train.labels_N, "val": run.index.val.labels_N}
         self.labels = {name: torch.tensor(labels_N, device=device) for name, labels_N in labels.items()}
 
-    def train(self, epoch: int) -> Iterator[FeatureBatch]:
+    def train(self, epoch: int, first: int = 0) -> Iterator[FeatureBatch]:
         """The view of epoch e is that of epoch e mod K."""
         config, images = self.run.config, len(self.run.index.train)
-        ids = train_ids(images, config.data.batch_size, config.seed, epoch, self.run.worker)
+        ids = train_ids(images, config.data.batch_size, config.seed, epoch, self.run.worker, first)
         return self._batches("train", epoch % config.cache.views, list(ids))
 
     def val(self) -> Iterator[FeatureBatch]:
@@ -169,6 +170,8 @@ class CachedInputs:
         return features.ahead(self._from_disk(name, view, ids))
 
     def _from_memory(self, name: str, view: int, ids: Sequence[np.ndarray]) -> Iterator[FeatureBatch]:
+        if not ids:
+            return
         # One copy to the device for the whole epoch.
         rows = torch.from_numpy(np.concatenate(ids)).to(self.labels[name].device)
         for ids_N, rows_N in zip(ids, rows.split([len(ids_N) for ids_N in ids]), strict=True):

@@ -19,29 +19,46 @@ WARMUP_STEPS = 3
 
 
 class TrainMeter:
-    """Loss and top-1 over the steps since the last reading, summed on the device."""
+    """Loss and top-1 over the steps since the last reading, and the steps left out, summed on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * n, correct, n
+        self.skips = torch.zeros(3, dtype=torch.float64, device=device)  # in all, in a row, most in a row
 
     @torch.no_grad()
     def update(self, output: StepOutput, targets: Targets) -> None:
-        """Mixed images count as correct by the share of the label that was predicted."""
+        """Mixed images count as correct by the share of the label that was predicted. A pass whose loss is not finite
+        is not counted."""
         predicted = output.logits.argmax(dim=1)
         hits = (predicted == targets.labels_N).double()
         if targets.partner_labels_N is not None and targets.weight_N is not None:
             partner_hits = (predicted == targets.partner_labels_N).double()
             hits = torch.lerp(partner_hits, hits, targets.weight_N.double())
-        n = len(predicted)
-        self.sums[0] += output.loss.double() * n
-        self.sums[1] += hits.sum()
-        self.sums[2] += n
+        loss = output.loss.double()
+        row = torch.stack([loss, hits.mean(), torch.ones_like(loss)]) * len(predicted)
+        self.sums += torch.where(loss.isfinite(), row, 0.0)
 
-    def read(self) -> tuple[float, float]:
-        """(loss, top-1) over all workers since the last reading: one all-reduce, one copy to the host."""
+    def skipped(self, flag: Tensor) -> None:
+        """After a step: 1.0 where it was left out, else 0.0."""
+        in_all, in_a_row, most = self.skips.unbind()
+        in_all += flag
+        in_a_row.add_(1).mul_(flag)
+        torch.maximum(most, in_a_row, out=most)
+
+    def read(self) -> tuple[float | None, float | None]:
+        """(loss, top-1) over all workers since the last reading: one all-reduce, one copy to the host.
+
+        None where no pass had a finite loss.
+        """
         loss, correct, n = dist.all_sum(self.sums).tolist()
         self.sums.zero_()
-        return loss / max(n, 1), correct / max(n, 1)
+        return (loss / n, correct / n) if n else (None, None)
+
+    def read_skipped(self) -> int:
+        """Steps left out since the last reading; one copy to the host."""
+        skipped = int(self.skips[0])
+        self.skips[0] = 0
+        return skipped
 
 
 @dataclass

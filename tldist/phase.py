@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist import dist
 from tldist.backbones import Segment, StagedModel
-from tldist.batchnorm import moved_statistics, synchronise
+from tldist.batchnorm import flat, moved_statistics, set_modes, synchronise
 from tldist.checkpoint import Plateau, TrainState
 from tldist.engine import Engine, build_engine
 from tldist.flops import StepFlops, count_flops
@@ -47,6 +47,8 @@ class LivePhase:
     flops: StepFlops
     average: WeightAverage | None = None
     compile_s: float = 0.0
+    moving: list[Tensor] = field(default_factory=list)
+    """BatchNorm statistics that this worker's steps move; known once `train_mode` was called."""
 
     @property
     def is_compiled(self) -> bool:
@@ -72,14 +74,43 @@ class LivePhase:
         """The rest of the model, for evaluation: not the compiled one, which knows one batch size and train mode."""
         return self.evaluated().forward(features)
 
+    def train_mode(self, policy: str) -> None:
+        """Train mode for what trains, with BatchNorm by `--train.batchnorm`."""
+        set_modes(self.network, self.phase, policy)
+        self.moving = moved_statistics(self.network)
+
+    def _statistics(self) -> list[Tensor]:
+        """What moved, in the average too: it is a copy of the network."""
+        if self.average is None:
+            return self.moving
+        moved = {name for name, layer in self.network.named_modules() if layer.training}
+        return [*self.moving, *(t for n, t in self.average.network.named_buffers() if _is_moved(n, t, moved))]
+
     def agree_on_statistics(self) -> None:
         """Average BatchNorm's running statistics over workers, where they moved."""
-        statistics = moved_statistics(self.network)
-        if self.average is not None:
-            # The average is a copy of the network; the same layers moved in it.
-            moved = {name for name, layer in self.network.named_modules() if layer.training}
-            statistics += [t for n, t in self.average.network.named_buffers() if _is_moved(n, t, moved)]
-        dist.average_(statistics)
+        dist.average_(self._statistics())
+
+    def own(self) -> dict[str, Tensor]:
+        """What each worker has alone until the epoch's end, a row for each of them. Collective."""
+        rows = {"sums": self.meter.sums, "skips": self.meter.skips}
+        if statistics := self._statistics():
+            rows["statistics"] = flat(statistics)
+        return {name: dist.gather_rows(row[None]) for name, row in rows.items()}
+
+    def take_own(self, rows: dict[str, Tensor]) -> None:
+        """This worker's row; where there were other numbers of workers: the mean, and of sums an equal share."""
+        meter = self.meter
+        for name, targets in (("sums", [meter.sums]), ("skips", [meter.skips]), ("statistics", self._statistics())):
+            if targets:
+                row = _row_of_mine(rows[name], shared=name == "sums")
+                for target, value in zip(targets, row.split([t.numel() for t in targets]), strict=True):
+                    target.copy_(value.view_as(target))
+
+
+def _row_of_mine(rows_WK: Tensor, shared: bool) -> Tensor:
+    if len(rows_WK) == dist.world_size():
+        return rows_WK[dist.rank()]
+    return rows_WK.sum(0) / dist.world_size() if shared else rows_WK.mean(0)
 
 
 def _is_moved(name: str, buffer: Tensor, moved: set[str]) -> bool:

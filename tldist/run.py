@@ -9,13 +9,14 @@ from torch import Tensor
 
 from tldist import dist
 from tldist.backbones import StagedModel
-from tldist.checkpoint import Saver
 from tldist.config import RunConfig
+from tldist.control import Control
 from tldist.data.batches import Worker, steps_per_epoch
 from tldist.data.index import Index
 from tldist.data.loader import Loader
 from tldist.engine import Numerics
 from tldist.plan import Plan
+from tldist.saver import Saver
 from tldist.tracking.events import EventLog
 
 
@@ -33,6 +34,7 @@ class Run:
     log: EventLog
     run_dir: Path
     saver: Saver
+    control: Control
     peak: tuple[float, str] = (0.0, "unknown")
     """FLOP/s that a worker's device could do, and where the figure is from."""
     source_weights: dict[str, Tensor] = field(default_factory=dict)
@@ -50,6 +52,9 @@ class Run:
 
     @property
     def pass_size(self) -> int:
-        """Images that go through the network at once: a worker's share of a step, or a part of it."""
-        share = self.config.data.batch_size // dist.world_size()
-        return -(-share // self.config.train.accumulate)
+        """Images that go through the network at once: a worker's share of a step, or a part of it.
+
+        As many as with the most workers that were asked for: fewer of them take more passes, in the same memory.
+        """
+        workers = max(dist.world_size(), self.config.launch.most)
+        return -(-(self.config.data.batch_size // workers) // self.config.train.accumulate)

@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from tldist import backbones, config, dist
-from tldist.checkpoint import Saver
 from tldist.config import RunConfig, UserError
+from tldist.control import Control, Stopped
 from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
 from tldist.data.pixels import open_pixels
 from tldist.engine import engine_kind, numerics
-from tldist.evaluate import predictions
 from tldist.fit import FitResult, fit, speed
 from tldist.flops import peak_flops
 from tldist.metrics import Window, count_parameters
@@ -30,13 +29,14 @@ from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.report import write_report
 from tldist.run import Run
+from tldist.saver import Saver
 from tldist.tracking.environment import environment
 from tldist.tracking.events import EventLog
 from tldist.tracking.wandb import WandbSink
 
 
 def run(config_json: str) -> dict[str, Any]:
-    """Train as the config says, on this worker; returns the summary (on every worker).
+    """Train as the config says, on this worker; returns the summary (on every worker), or `{"stopped": why}`.
 
     `config_json` is the only thing that crosses from a launcher. The run directory must exist and be shared by
     all workers.
@@ -76,9 +76,10 @@ def keep_freed_memory() -> None:
 
 def _keep_traceback(settings: RunConfig) -> None:
     logs = Path(settings.run_dir) / "logs"
-    logs.mkdir(exist_ok=True)
-    with (logs / f"rank{dist.rank()}.log").open("a") as file:
-        file.write(traceback.format_exc())
+    with contextlib.suppress(OSError):  # of a full disk it was told
+        logs.mkdir(exist_ok=True)
+        with (logs / f"rank{dist.rank()}.log").open("a") as file:
+            file.write(traceback.format_exc())
 
 
 def _run(settings: RunConfig, device: torch.device, log: EventLog, started: float) -> dict[str, Any]:
@@ -93,6 +94,10 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
         result = fit(parts)
         parts.saver.close()
         return finish(parts, result, sink, started)
+    except Stopped as stopped:
+        parts.saver.close()
+        log.write("notice", text=str(stopped))
+        return {"stopped": str(stopped)}
     except BaseException:
         with contextlib.suppress(Exception):  # of two failures the first is told
             parts.saver.close()
@@ -137,7 +142,8 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
-        saver=Saver(Path(settings.run_dir) / "checkpoints"),
+        saver=Saver(Path(settings.run_dir) / "checkpoints", settings.checkpoint.keep),
+        control=Control(Path(settings.run_dir), settings.checkpoint.minutes, device),
         peak=peak,
         source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
     )
@@ -243,11 +249,10 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
     """Write predictions, summary and report; returns the summary."""
     summary = summarize(parts, result, sink, started)
     if dist.is_main():
-        if result.best is not None:
-            shown = predictions(result.best, parts.index.val, parts.index.classes)
-            (parts.run_dir / "predictions.json").write_text(json.dumps(shown))
-            if sink is not None:
-                sink.write(predictions_event(parts.index, shown, result.state.step))
+        text = (parts.saver.folder / "best" / "predictions.json").read_text()
+        (parts.run_dir / "predictions.json").write_text(text)
+        if sink is not None:
+            sink.write(predictions_event(parts.index, json.loads(text), result.state.step))
         (parts.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
         parts.log.write("end", **summary)
         _report(parts)
@@ -302,7 +307,8 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "seconds_to_best": state.seconds_to_best,
         "restored_epoch": result.restored_epoch,
         "wall_s": round(time.time() - started, 2),
-        "resumed_from": None if result.resumed_epoch is None else f"epoch {result.resumed_epoch}",
+        "skipped_steps": state.skipped_steps,
+        "resumed_from": result.resumed_from,
         "wandb_run_id": sink.run_id if sink is not None else None,
     }
 

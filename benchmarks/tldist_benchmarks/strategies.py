@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tldist import dist, plots
-from tldist.checkpoint import TrainState
 from tldist.config import (
     CacheConfig,
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
     ModelName,
@@ -39,7 +39,7 @@ from tldist.config import (
     UserError,
 )
 from tldist.engine.base import DTYPES
-from tldist.fit import train_epoch
+from tldist.fit import FitResult, train_epoch
 from tldist.flops import count_flops
 from tldist.inputs import open_inputs, to_input
 from tldist.metrics import Window
@@ -135,9 +135,9 @@ class Phase:
     """A tldist strategy's first phase, kept alive, and stepped by the real loop."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.state = run, TrainState()
+        self.run, self.result = run, FitResult()
         self.images = len(run.index.train)
-        self.live = begin_phase(run, 0, self.state)
+        self.live = begin_phase(run, 0, self.result.state)
         if run.config.cache.views and not self.live.inputs.cached:
             raise UserError(f"no room for cached features in {tempfile.gettempdir()}: name another folder by TMPDIR")
         while not self.live.clock.phase.images:  # the clock leaves a phase's first steps out
@@ -146,9 +146,9 @@ class Phase:
     def epoch(self) -> tuple[Window, float]:
         """One pass over the images: what the run's own clock counted, and the seconds of all of it."""
         before, started = self.live.clock.phase, time.perf_counter()
-        train_epoch(self.run, self.live, self.state)  # ends by reading the loss: the device is done
+        train_epoch(self.run, self.live, self.result)  # ends by reading the loss: the device is done
         wall_s, after = time.perf_counter() - started, self.live.clock.phase
-        self.state.epoch += 1
+        self.result.state.epoch += 1
         return Window(after.images - before.images, after.seconds - before.seconds), wall_s
 
     def turn(self, epochs: int = 1) -> dict[str, float]:
@@ -273,6 +273,7 @@ def run_config(settings: Settings, strategy: StrategyName, cached: bool, run_dir
         optim=OptimConfig(schedule="constant", warmup_epochs=0.0, clip_norm=CLIP_NORM),
         train=TrainConfig(precision=settings.precision, compile=settings.compile, label_smoothing=LABEL_SMOOTHING),
         cache=CacheConfig(features="exact" if cached else "off"),
+        checkpoint=CheckpointConfig(minutes=0),
         tracking=TrackingConfig(wandb="disabled", log_every=10**9),
     )
 

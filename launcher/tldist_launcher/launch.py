@@ -106,7 +106,7 @@ def launch_kind(settings: RunConfig) -> str:
     """What `auto` stands for."""
     if settings.launch.kind != "auto":
         return settings.launch.kind
-    return "ray" if settings.launch.workers > 1 or os.environ.get("RAY_ADDRESS") else "local"
+    return "ray" if settings.launch.most > 1 or os.environ.get("RAY_ADDRESS") else "local"
 
 
 def preflight(settings: RunConfig) -> Index:
@@ -133,7 +133,7 @@ def _check_machine(settings: RunConfig) -> None:
     gpus, cores = torch.cuda.device_count(), dist.cores()
     numerics(settings.train.precision, torch.device("cuda" if gpus else "cpu"))
     places, what = (gpus, "GPUs") if gpus else (cores, "cores")
-    if settings.launch.workers > places:
+    if settings.launch.least > places:
         raise UserError(
             f"--launch.workers {settings.launch.workers}, but this machine has {places} {what}: use at most {places}, "
             "or set RAY_ADDRESS to a larger cluster"

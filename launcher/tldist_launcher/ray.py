@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tldist import config
+from tldist import config, dist
 from tldist.config import RunConfig, UserError
 
 # Read by Ray at import or start-up, inherited by the workers of a cluster started here; a user's own setting wins.
@@ -68,7 +68,7 @@ def _connect(settings: RunConfig) -> None:
             raise UserError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {error}") from error
     else:
         # address="local": a cluster that somebody else left running on this machine is not ours to join.
-        ray.init(address="local", num_cpus=settings.launch.workers, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=min(settings.launch.most, dist.cores()), include_dashboard=False, **quiet)
 
 
 def _check_cluster(settings: RunConfig, terminal: TextIO) -> None:

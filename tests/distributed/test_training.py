@@ -17,6 +17,7 @@ from tldist import backbones, config, dist, fit, worker
 from tldist.batchnorm import synchronise, unsynchronise
 from tldist.config import (
     CacheConfig,
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -316,16 +317,16 @@ def test_cached_features_on_two_ranks_are_the_uncached_run(photos: Path, tmp_pat
         assert torch.equal(weights(cached)[key], value), key
 
 
-def _stopped_before_the_second_epoch(config_json: str) -> str:
-    """A run that dies on every rank when one epoch is done."""
-    real = fit.train_epoch
+def _stopped_before_step(config_json: str, stop: int) -> str:
+    """A run that dies on every rank."""
+    real = fit.train_step
 
-    def dying(run: Any, live: Any, state: Any) -> None:
-        if state.epoch == 1:
+    def dying(run: Any, live: Any, step: int, *rest: Any) -> None:
+        if step == stop:
             raise RuntimeError("power cut")
-        real(run, live, state)
+        real(run, live, step, *rest)
 
-    fit.train_epoch = dying
+    fit.train_step = dying
     try:
         worker.run(config_json)
     except RuntimeError as error:
@@ -342,11 +343,14 @@ def test_two_ranks_resume_with_the_same_bits(photos: Path, tmp_path: Path) -> No
         train=TrainConfig(epochs=3, precision="fp32", batchnorm="train", ema=0.9),
     )
     whole = replace(base, data=replace(base.data, mixup=0.4))
-    broken = replace(whole, run_dir=str(tmp_path / "broken"))
+    broken = replace(whole, run_dir=str(tmp_path / "broken"), checkpoint=CheckpointConfig(steps=1))
     train(whole, 2)
     Path(broken.run_dir).mkdir()
-    assert run_ranks(_stopped_before_the_second_epoch, 2, config.to_json(broken)) == ["power cut"] * 2
+    for step in (3, 5, 12):
+        assert run_ranks(_stopped_before_step, 2, config.to_json(broken), step) == ["power cut"] * 2
     summary = run_ranks(worker.run, 2, config.to_json(broken))[0]
-    assert (summary["resumed_from"], summary["replica_spread"]) == ("epoch 1", 0.0)
+    assert (summary["resumed_from"], summary["replica_spread"]) == ("epoch-0002-step-000002", 0.0)
+    losses = [{r["step"]: r["loss"] for r in rows(made, "train")} for made in (whole, broken)]
+    assert losses[0] == losses[1]
     for key, value in weights(whole).items():
         assert torch.equal(weights(broken)[key], value), key

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,15 @@ import safetensors.torch
 import torch
 
 from tldist import checkpoint
-from tldist.checkpoint import TrainState
+from tldist.checkpoint import DamagedCheckpoint, TrainState
 
 
-def save(folder: Path, epoch: int, names: tuple[str, ...]) -> None:
+def save(folder: Path, epoch: int, names: tuple[str, ...], keep: int = 1) -> None:
     moments = {"head.fc.weight": {"exp_avg": torch.full((2, 3), float(epoch)), "step": torch.tensor(4.0)}}
     state = TrainState(epoch=epoch, step=epoch * 5, optimizer=moments)
-    contents = checkpoint.snapshot({"fc.weight": torch.full((2, 3), epoch)}, None, state, {"model": "resnet18"})
-    checkpoint.save(folder, names, contents)
+    weights = {"fc.weight": torch.full((2, 3), epoch)}
+    contents = checkpoint.snapshot(checkpoint.folder_name(epoch), weights, None, state, {"model": "resnet18"})
+    checkpoint.save(folder, names, contents, keep=keep)
 
 
 def value(folder: Path, name: str) -> float:
@@ -35,7 +38,77 @@ def test_names_point_at_what_was_saved(tmp_path: Path) -> None:
     assert sorted(moments) == ["head.fc.weight/exp_avg", "head.fc.weight/step"]
 
 
-@pytest.mark.parametrize("call", ["json.dumps", "os.fsync", "pathlib.Path.symlink_to"])
+def test_the_last_ones_are_kept(tmp_path: Path) -> None:
+    for epoch in range(1, 6):
+        save(tmp_path, epoch, ("last", "best") if epoch == 2 else ("last",), keep=2)
+    assert sorted(p.name for p in tmp_path.glob("epoch-*")) == ["epoch-0002", "epoch-0004", "epoch-0005"]
+
+
+def test_names_are_in_the_order_of_time() -> None:
+    names = [checkpoint.folder_name(*at) for at in [(3, 0), (3, 1), (3, 99), (3, 100), (4, 0), (10, 0), (10, 7)]]
+    assert names == sorted(names)
+
+
+def cut_short(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"]
+
+
+class TestDamage:
+    @pytest.mark.parametrize("file", FILES)
+    @pytest.mark.parametrize("harm", [cut_short, flip, Path.unlink])
+    def test_any_harm_is_seen_and_the_one_before_it_used(
+        self, tmp_path: Path, file: str, harm: Callable[[Path], None]
+    ) -> None:
+        for epoch in (1, 2):
+            save(tmp_path, epoch, ("last", "best"), keep=2)
+        assert checkpoint.damage(tmp_path / "last") is None
+        harm(tmp_path / "epoch-0002" / file)
+        assert checkpoint.damage(tmp_path / "last") is not None
+        with pytest.raises(DamagedCheckpoint, match="epoch-0002"):
+            checkpoint.best(tmp_path)
+        found, said = checkpoint.newest(tmp_path)
+        assert found == tmp_path / "epoch-0001"
+        assert len(said) == 1
+        assert "epoch-0002 is damaged" in said[0]
+        assert value(tmp_path, "last") == 1
+        assert (tmp_path / "damaged-epoch-0002").is_dir()
+        assert checkpoint.newest(tmp_path) == (found, [])
+
+    def test_sums_cut_at_a_line(self, tmp_path: Path) -> None:
+        save(tmp_path, 1, ("last",))
+        sums = tmp_path / "last" / "SHA256SUMS"
+        sums.write_text("".join(sums.read_text().splitlines(keepends=True)[:1]))
+        assert "does not know" in str(checkpoint.damage(tmp_path / "last"))
+
+    def test_none_is_whole(self, tmp_path: Path) -> None:
+        """No silent start from the beginning, also when asked again."""
+        save(tmp_path, 1, ("last",))
+        flip(tmp_path / "last" / "state.json")
+        for _ in range(2):
+            with pytest.raises(DamagedCheckpoint, match="is whole"):
+                checkpoint.newest(tmp_path)
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        assert checkpoint.newest(tmp_path / "checkpoints") == (None, [])
+
+    def test_sha256sum_reads_the_sums(self, tmp_path: Path) -> None:
+        save(tmp_path, 1, ("last",))
+        told = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path / "last", capture_output=True, text=True)
+        assert told.returncode == 0
+        assert told.stdout.count("OK") == 3
+
+
+@pytest.mark.parametrize("call", ["safetensors.torch.save_file", "os.fsync", "pathlib.Path.symlink_to"])
 def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     save(tmp_path, 1, ("last", "best"))
 

@@ -15,12 +15,13 @@ from torch import nn
 from tldist import backbones, checkpoint, config, fit, phase, worker
 from tldist.backbones import Segment
 from tldist.batchnorm import set_modes
-from tldist.checkpoint import Plateau, Saver, TrainState
+from tldist.checkpoint import Plateau, TrainState
 from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
 from tldist.evaluate import Evaluation
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.phase import WeightAverage, freeze
 from tldist.plan import Phase, build_plan
+from tldist.saver import NotWritten, Saver
 
 
 def settings(photos: Path, run_dir: Path, **sections: Any) -> RunConfig:
@@ -163,7 +164,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, tops: list[float]) -> None:
         return Evaluation(labels, predicted, torch.ones(100), torch.ones(100))
 
     monkeypatch.setattr(fit, "evaluate_model", evaluation)
-    monkeypatch.setattr(worker, "predictions", lambda *_: {"classes": [], "samples": []})
+    monkeypatch.setattr(fit, "predictions", lambda *_: {"classes": [], "samples": []})
 
 
 def test_gradual_on_a_plateau_unfreezes_when_validation_stands_still(
@@ -197,7 +198,7 @@ def test_early_stopping_ends_and_brings_the_best_weights_back(
     assert "weights of epoch 2" in rows(made, "notice")[-1]["text"]
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "last").resolve() == (folder / "best").resolve()
-    assert sorted(p.name for p in folder.iterdir()) == ["best", "epoch-0002", "last"]
+    assert (folder / "last").resolve().name == "epoch-0002"
     two = settings(photos, tmp_path / "two", train=TrainConfig(epochs=9, precision="fp32"))
     monkeypatch.setattr(fit, "is_over", lambda _, state: state.epoch >= 2)
     scores(monkeypatch, [0.50, 0.70])
@@ -226,10 +227,10 @@ def test_the_second_phase_starts_from_the_best_or_the_last(
     moments: dict[int, torch.Tensor] = {}
     snapshot = checkpoint.snapshot
 
-    def keeping(model: Any, live: Any, state: TrainState, *rest: Any) -> Any:
+    def keeping(name: str, model: Any, live: Any, state: TrainState, *rest: Any) -> Any:
         kept[state.epoch] = {name: t.clone() for name, t in model.items()}
         moments[state.epoch] = state.optimizer["head.fc.weight"]["momentum_buffer"].clone()
-        return snapshot(model, live, state, *rest)
+        return snapshot(name, model, live, state, *rest)
 
     monkeypatch.setattr(checkpoint, "snapshot", keeping)
     strategy = StrategyConfig(name="two_phase", first_phase=0.75, second_phase_from=start)  # type: ignore[arg-type]
@@ -303,26 +304,27 @@ def test_a_plateau_counts_only_real_rises() -> None:
 
 class TestSaver:
     def contents(self, epoch: int) -> checkpoint.Snapshot:
-        return checkpoint.snapshot({"w": torch.full((2,), float(epoch))}, None, TrainState(epoch=epoch), {})
+        weights = {"w": torch.full((2,), float(epoch))}
+        return checkpoint.snapshot(checkpoint.folder_name(epoch), weights, None, TrainState(epoch=epoch), {})
 
     def value(self, folder: Path, name: str) -> float:
         return float(checkpoint.read_weights(folder / name)["w"][0])
 
     def test_only_the_newest_of_a_name_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        written: list[int] = []
+        written: list[str] = []
         real = checkpoint.save
-        monkeypatch.setattr(checkpoint, "save", lambda *a: (written.append(a[2].epoch), real(*a)))
+        monkeypatch.setattr(checkpoint, "save", lambda *a: (written.append(a[2].name), real(*a)))
         saver = Saver(tmp_path)
         for epoch in range(1, 200):
             saver.save(("last", "best") if epoch == 50 else ("last",), self.contents(epoch))
         saver.close()
         assert (self.value(tmp_path, "last"), self.value(tmp_path, "best")) == (199, 50)
         assert len(written) < 100
-        assert written[-1] == 199 or 199 in written
+        assert "epoch-0199" in written
 
     def test_later_training_does_not_reach_what_waits(self, tmp_path: Path) -> None:
         weight, saver = torch.ones(3), Saver(tmp_path)
-        saver.save(("last",), checkpoint.snapshot({"w": weight}, None, TrainState(epoch=1), {}))
+        saver.save(("last",), checkpoint.snapshot("epoch-0001", {"w": weight}, None, TrainState(epoch=1), {}))
         weight.zero_()
         saver.close()
         assert self.value(tmp_path, "last") == 1
@@ -335,8 +337,19 @@ class TestSaver:
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("os.fsync", full)
-        saver.save(("last",), self.contents(2))
-        with pytest.raises(OSError, match="No space"):
-            saver.close()
-        assert self.value(tmp_path, "last") == 1
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            saver.save(("last", "best"), self.contents(2))
+            saver.flush()
+            said = str(saver.news())
+            assert "epoch-0002 could not be written" in said
+            assert "No space left on device; the last whole one is epoch-0001" in said
+            assert saver.news() is None
+            saver.save(("last",), self.contents(3))
+            with pytest.raises(NotWritten, match="No space"):
+                saver.flush(must=True)
+            assert self.value(tmp_path, "last") == 1
+            assert not list(tmp_path.glob(".draft"))
+        saver.close()
+        assert (self.value(tmp_path, "last"), self.value(tmp_path, "best")) == (3, 2)
+        assert saver.news() == "checkpoints are written again"

@@ -16,9 +16,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from tldist import config, fit, worker
+from tldist import checkpoint, config, control, fit, worker
 from tldist.config import (
     CacheConfig,
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimConfig,
@@ -47,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "strategy": StrategyConfig(
             name="two_phase", first_phase=0.5, second_phase_from="best", optimizer_state="reset"
         ),
+        "data": {"loader": "torchvision"},
         "train": TrainConfig(epochs=4, precision="fp32"),
     },
     "cached features, early stopping, torchvision": {
@@ -57,6 +59,9 @@ CASES: dict[str, dict[str, Any]] = {
         "optim": OptimConfig(l2_sp=0.1),
     },
 }
+
+
+STEPS_PER_EPOCH = 5
 
 
 @pytest.fixture(scope="module")
@@ -104,31 +109,133 @@ def same(one: RunConfig, other: RunConfig) -> None:
 def test_an_interrupted_run_ends_with_the_same_bits(
     photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Stopped before every epoch but the first; weights, moments, average, and the summary."""
+    """Stopped before every third step: inside epochs, between them, in every phase. The weights, moments, average, the
+    summary and the logged losses are those of the run that saved at epochs' ends only."""
     whole = settings(photos, tmp_path / "whole", source, CASES[name])
     broken = settings(photos, tmp_path / "broken", source, CASES[name])
+    broken = replace(broken, checkpoint=CheckpointConfig(steps=1))
     expected = worker.run(config.to_json(whole))
-    real = fit.train_epoch
+    real = fit.train_step
+    steps = expected["epochs"] * STEPS_PER_EPOCH
 
-    for before in range(1, expected["epochs"]):
+    for before in range(1, steps, 3):
 
-        def interrupted(run: Any, live: Any, state: Any, stop: int = before) -> None:
-            if state.epoch == stop:
+        def interrupted(run: Any, live: Any, step: int, *rest: Any, stop: int = before) -> None:
+            if step == stop:
                 raise KeyboardInterrupt
-            real(run, live, state)
+            real(run, live, step, *rest)
 
-        monkeypatch.setattr(fit, "train_epoch", interrupted)
+        monkeypatch.setattr(fit, "train_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             worker.run(config.to_json(broken))
-    monkeypatch.setattr(fit, "train_epoch", real)
+    monkeypatch.setattr(fit, "train_step", real)
     summary = worker.run(config.to_json(broken))
     same(whole, broken)
-    assert summary["resumed_from"] == f"epoch {expected['epochs'] - 1}"
+    last = range(1, steps, 3)[-1]
+    assert summary["resumed_from"] == checkpoint.folder_name(*divmod(last, STEPS_PER_EPOCH))
+    predicted = [json.loads((Path(made.run_dir) / "predictions.json").read_text()) for made in (whole, broken)]
+    assert predicted[0] == predicted[1]
     kept = ("epochs", "val_top1", "best_val_top1", "best_epoch", "phases", "restored_epoch")
     assert {key: summary[key] for key in kept} == {key: expected[key] for key in kept}
     assert [phase["epochs"] for phase in summary["per_phase"]] == [phase["epochs"] for phase in expected["per_phase"]]
     losses = [{r["step"]: r["loss"] for r in rows(made, "train")} for made in (whole, broken)]
     assert losses[0] == losses[1]
+
+
+def test_asked_to_stop_it_saves_and_says_so(photos: Path, tmp_path: Path, source: str) -> None:
+    """At every look, down to one step in each process; the run ends with the same bits."""
+    case = {**CASES["on a plateau"], "train": TrainConfig(epochs=1, precision="fp32")}
+    whole, broken = (settings(photos, tmp_path / name, source, case) for name in ("whole", "broken"))
+    worker.run(config.to_json(whole))
+    for step in range(1, STEPS_PER_EPOCH + 1):
+        control.ask_to_stop(Path(broken.run_dir), "SIGTERM")
+        assert worker.run(config.to_json(broken)) == {"stopped": f"stopped after step {step}, and saved"}
+        assert not (Path(broken.run_dir) / "summary.json").exists()
+    control.forget_stop(Path(broken.run_dir))
+    assert worker.run(config.to_json(broken))["epochs"] == 1
+    same(whole, broken)
+
+
+def test_an_old_checkpoint_is_followed_by_another_in_time(photos: Path, tmp_path: Path, source: str) -> None:
+    made = settings(photos, tmp_path / "run", source, {"train": TrainConfig(epochs=1, precision="fp32")})
+    made = replace(made, checkpoint=CheckpointConfig(minutes=1e-6, keep=50))
+    worker.run(config.to_json(made))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("epoch-*"))
+    assert kept[0] == "epoch-0000-step-000001"
+    assert kept[-1] == "epoch-0001"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(photos: Path, tmp_path: Path, source: str) -> None:
+    case = {**CASES["on a plateau"], "train": TrainConfig(epochs=2, precision="fp32")}
+    whole, broken = (settings(photos, tmp_path / name, source, case) for name in ("whole", "broken"))
+    worker.run(config.to_json(whole))
+    broken = replace(broken, checkpoint=CheckpointConfig(steps=2, keep=3))
+    worker.run(config.to_json(broken))
+    folder = Path(broken.run_dir) / "checkpoints"
+    (Path(broken.run_dir) / "summary.json").unlink()
+    file = folder / "last" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    summary = worker.run(config.to_json(broken))
+    assert "epoch-0001" <= summary["resumed_from"] < "epoch-0002"
+    said = [row["text"] for row in rows(broken, "notice")]
+    assert any("epoch-0002 is damaged: optimizer.safetensors is not what was written" in text for text in said)
+    same(whole, broken)
+
+
+class TestNotFinite:
+    def poisoned(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, torch.Tensor]]:
+        """Images of these steps are not numbers; returns the model before and after each of them."""
+        seen: list[dict[str, torch.Tensor]] = []
+        real, real_passes, bad = fit.train_step, fit.passes, []
+
+        def step(run: Any, live: Any, step: int, *rest: Any) -> None:
+            bad[:] = [step in steps]
+            if bad[0]:
+                seen.append({n: t.clone() for n, t in run.model.state_dict().items() if t.is_floating_point()})
+            real(run, live, step, *rest)
+            if bad[0]:
+                seen.append({n: t.clone() for n, t in run.model.state_dict().items() if t.is_floating_point()})
+
+        def passes(run: Any, live: Any, x: torch.Tensor, *rest: Any) -> None:
+            real_passes(run, live, x * torch.nan if bad[0] else x, *rest)
+
+        monkeypatch.setattr(fit, "train_step", step)
+        monkeypatch.setattr(fit, "passes", passes)
+        return seen
+
+    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+    @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+    def test_the_step_is_left_out_and_counted(
+        self, photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch, optimizer: Any, clip_norm: Any
+    ) -> None:
+        """The first step of all, and one in the middle: neither weights nor BatchNorm's statistics see it."""
+        case = {
+            "strategy": StrategyConfig(name="full"),
+            "train": TrainConfig(epochs=2, precision="fp32"),
+            "optim": OptimConfig(name=optimizer, clip_norm=clip_norm),
+        }
+        made = settings(photos, tmp_path / "run", source, case)
+        seen = self.poisoned(monkeypatch, {0, 6})
+        summary = worker.run(config.to_json(made))
+        assert summary["skipped_steps"] == 2
+        for before, after in zip(seen[::2], seen[1::2], strict=True):
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        assert all(tensor.isfinite().all() for tensor in weights(made).values() if tensor.is_floating_point())
+        assert [row["skipped_steps"] for row in rows(made, "eval")] == [1, 2]
+        assert all(row["loss"] is not None for row in rows(made, "train"))
+
+    def test_many_in_a_row_end_the_run_and_the_checkpoint_stands(
+        self, photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        case = {"train": TrainConfig(epochs=3, precision="fp32", max_skipped=3)}
+        made = settings(photos, tmp_path / "run", source, case)
+        self.poisoned(monkeypatch, set(range(5, 100)))
+        monkeypatch.setattr(control, "LOOK_S", 0.0)
+        with pytest.raises(control.Diverged, match="gradients of 3 steps in a row, up to step 8, were not finite"):
+            worker.run(config.to_json(made))
+        folder = Path(made.run_dir) / "checkpoints"
+        assert checkpoint.damage(folder / "last") is None
+        assert (folder / "last").resolve().name == "epoch-0001"
 
 
 def test_a_run_that_is_done_stays_as_it_is(photos: Path, tmp_path: Path, source: str) -> None:

@@ -43,21 +43,31 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def train_batches(
-    split: Split, spec: AugmentSpec, image_size: int, batch_size: int, seed: int, epoch: int, worker: Worker
+    split: Split,
+    spec: AugmentSpec,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    worker: Worker,
+    first: int = 0,
 ) -> Iterator[BatchPlan]:
-    """One epoch of this worker's batches. `batch_size` is over all workers, who share each step's images evenly.
+    """One epoch of this worker's batches, from step `first` on. `batch_size` is over all workers, who share each
+    step's images evenly.
 
     Step s of any number of workers shows the same images, the union of the workers' batches.
     """
-    for ids_N in train_ids(len(split.paths), batch_size, seed, epoch, worker):
+    for ids_N in train_ids(len(split.paths), batch_size, seed, epoch, worker, first):
         yield _plan(split, spec, image_size, seed, epoch, ids_N)
 
 
-def train_ids(images: int, batch_size: int, seed: int, epoch: int, worker: Worker) -> Iterator[np.ndarray]:
-    """This worker's images of each step of one epoch."""
+def train_ids(
+    images: int, batch_size: int, seed: int, epoch: int, worker: Worker, first: int = 0
+) -> Iterator[np.ndarray]:
+    """This worker's images of each step of one epoch, from step `first` on."""
     order = epoch_order(images, seed, epoch)
     share = batch_size // worker.world_size
-    for step in range(steps_per_epoch(images, batch_size)):
+    for step in range(first, steps_per_epoch(images, batch_size)):
         start = step * batch_size + worker.rank * share
         yield order[start : start + share]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -24,11 +25,13 @@ class EventLog:
             return
         record = {"event": event, "time": round(time.time(), 3), **fields}
         self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with contextlib.suppress(OSError):  # the disk is full: the line is kept, and written with the next that can be
+            self._file.flush()
         for mirror in self.mirrors:
             mirror(record)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                self._file.close()

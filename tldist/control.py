@@ -1,0 +1,93 @@
+"""What a running job is asked to do besides stepping: save, stop. The main worker decides, and all do the same."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tldist import dist
+
+LOOK_S = 1.0
+"""Seconds between two looks, about: each costs one small all-reduce and one copy to the host."""
+
+
+class Stopped(Exception):  # noqa: N818 - it states a fact of the run
+    """The run was asked to stop, and what it had is saved."""
+
+
+class Diverged(RuntimeError):  # noqa: N818 - it states a fact of the run
+    """No step of many in a row had finite gradients."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """Equal on all workers."""
+
+    stop: bool = False
+    save: bool = False
+    most_skipped: int = 0
+    """Steps in a row that were left out."""
+
+
+def ask_to_stop(run_dir: Path, reason: str) -> None:
+    """Let the run in this directory, on whatever machines, save and stop at its next look."""
+    path = run_dir / "logs" / "stop"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(reason)
+
+
+def stop_reason(run_dir: Path) -> str | None:
+    """Why the run was asked to stop; None: it was not."""
+    path = run_dir / "logs" / "stop"
+    return path.read_text() if path.exists() else None
+
+
+def forget_stop(run_dir: Path) -> None:
+    """Before a new start: what an earlier one was asked has been done."""
+    (run_dir / "logs" / "stop").unlink(missing_ok=True)
+
+
+class Control:
+    """Looks for orders about once a second.
+
+    The workers cannot act on a file or a clock each for itself: they would do so at different steps, and wait for each
+    other for ever. So the main worker looks, all learn what it saw in one all-reduce, and it tells the step of the next
+    look with it.
+    """
+
+    def __init__(self, run_dir: Path, minutes: float, device: torch.device) -> None:
+        self.run_dir, self.minutes, self.device = run_dir, minutes, device
+        self._steps = self._left = 1
+        self._looked = self._saved = time.monotonic()
+
+    def begin(self) -> None:
+        """Of an epoch, whose steps may take another time."""
+        self._steps = self._left = 1
+        self._looked = time.monotonic()
+
+    def saved(self) -> None:
+        """A checkpoint was taken."""
+        self._saved = time.monotonic()
+
+    def after_step(self, skips: Tensor, now: bool = False) -> Orders:
+        """What to do after this step: called by all workers after each; `now` makes it a look for certain."""
+        self._left -= 1
+        if self._left > 0 and not now:
+            return Orders()
+        told = torch.zeros(4, dtype=torch.float64)
+        if dist.is_main():
+            is_old = 0 < self.minutes * 60 <= time.monotonic() - self._saved
+            told[:3] = torch.tensor([stop_reason(self.run_dir) is not None, is_old, self._next()])
+            told[3] = skips[2]
+        stop, save, self._steps, most = map(int, dist.all_sum(told.to(self.device)).tolist())
+        self._left, self._looked = self._steps, time.monotonic()
+        return Orders(stop > 0, save > 0, most)
+
+    def _next(self) -> int:
+        """Steps until the next look: from the time they took since the last one, at most ten times as many."""
+        step_s = max(time.monotonic() - self._looked, 1e-6) / max(self._steps - self._left, 1)
+        return max(1, min(int(LOOK_S / step_s), 10 * self._steps))

@@ -127,7 +127,7 @@ def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> N
     in one step. So a reader sees the old checkpoint or the new one, whenever the process dies. Raises OSError, and
     leaves no part of it, where the disk is full.
     """
-    draft, whole = folder / ".draft", folder / contents.name
+    draft, whole = folder / f".draft-{os.getpid()}", folder / contents.name
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -180,6 +180,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     DamagedCheckpoint where none is whole.
     """
     said: list[str] = []
+    for left in folder.glob(".draft-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     for found in sorted(folder.glob("epoch-*"), reverse=True):
         reason = damage(found)
         if reason is None:

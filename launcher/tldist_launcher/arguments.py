@@ -43,10 +43,13 @@ def parse_run(arguments: Sequence[str], command: str, own: Iterable[str] = ()) -
     return parsed
 
 
+MAY_CHANGE = ("--launch", "--engine", "--checkpoint", "--tracking")
+
+
 def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
     """`--resume RUN_DIR [--launch.flag VALUE ...]` -> the run's own config, and its directory; None without --resume.
 
-    An interrupted run goes on as it was configured; only where it runs, and who watches, may change.
+    An interrupted run goes on as it was configured; only where and how it runs, and who watches, may change.
     """
     words = list(arguments)
     place = next((i for i, word in enumerate(words) if word.split("=")[0] == "--resume"), None)
@@ -59,9 +62,9 @@ def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "index.json").is_file():
         raise UserError(f"{run_dir} is no run directory: give the folder that a run printed as `run:`")
     for word in words:
-        if word.startswith("--") and word.split(".")[0] not in ("--launch", "--tracking"):
+        if word.startswith("--") and word.split(".")[0] not in MAY_CHANGE:
             flag = word.split("=")[0]
-            raise UserError(f"{flag} cannot change in a resumed run: only --launch and --tracking flags can")
+            raise UserError(f"{flag} cannot change in a resumed run: only flags of {', '.join(MAY_CHANGE)} can")
     settings = parse_run(["--config", str(run_dir / "config.yaml"), *words], "train", ("--resume",))
     return dataclasses.replace(settings, run_dir=str(run_dir)), run_dir
 

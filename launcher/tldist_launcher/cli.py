@@ -8,12 +8,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tldist.config import TrainingFailed, UserError, nearest
+from tldist.control import Stopped
 
 Command = Callable[[Sequence[str]], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 the run failed, 2 a mistake in what was asked."""
+    """Run one command; returns the exit code.
+
+    0 done, 1 the run failed, 2 a mistake in what was asked, 75 stopped by a signal and saved: start it again with
+    --resume (EX_TEMPFAIL of sysexits.h), 130 interrupted.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help", "help"}:
         print(_help())
@@ -33,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TrainingFailed as error:
         print(f"tldist: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"tldist: {stopped}", file=sys.stderr)
+        return 75
     except BrokenPipeError:  # whoever read our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -8,6 +8,7 @@ import fcntl
 import importlib.util
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from tldist import backbones, config, dist, worker
+from tldist import backbones, config, control, dist, worker
 from tldist.config import RunConfig, TrainingFailed, UserError
+from tldist.control import Stopped
 from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
@@ -25,7 +27,10 @@ from tldist.tracking.console import Console, follow
 
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
-    """Run to the end and return the run directory. Raises UserError, or TrainingFailed with the reason."""
+    """Run to the end and return the run directory.
+
+    Raises UserError, TrainingFailed with the reason, or Stopped where a signal asked for it.
+    """
     settings = absolute(settings)
     index = preflight(settings)
     run_dir = make_run_dir(settings)
@@ -67,16 +72,41 @@ def only_one(run_dir: Path) -> Iterator[None]:
 
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
+    control.forget_stop(run_dir)
     try:
-        _start(settings, run_dir, quiet)
+        with stopping_on_signals(run_dir):
+            _start(settings, run_dir, quiet)
     except UserError:
         if not (run_dir / "checkpoints").exists():
             _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
         raise
+    except (Stopped, TrainingFailed):
+        raise
     except Exception as error:
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise TrainingFailed(f"{type(error).__name__}: {reason} (traceback in {run_dir / 'logs'})") from error
+    if not (run_dir / "summary.json").exists():
+        reason = control.stop_reason(run_dir) or "a request"
+        raise Stopped(f"stopped by {reason}, all saved: go on with `tldist train --resume {run_dir}`")
     return run_dir
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run_dir: Path) -> Iterator[None]:
+    """SIGTERM and SIGUSR1, which a cluster sends some time before it kills, ask the run to save and stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def ask(number: int, _: Any) -> None:
+        control.ask_to_stop(run_dir, signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def absolute(settings: RunConfig) -> RunConfig:
@@ -99,7 +129,11 @@ def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
     else:
         from tldist_launcher.ray import train_on_ray
 
-        train_on_ray(settings, lambda start, stream: _watched(start, run_dir, quiet, stream))
+        def watch(start: Callable[[], Any], stream: Any) -> None:
+            with stopping_on_signals(run_dir):  # Ray has put its own handlers in their place
+                _watched(start, run_dir, quiet, stream)
+
+        train_on_ray(settings, watch)
 
 
 def launch_kind(settings: RunConfig) -> str:

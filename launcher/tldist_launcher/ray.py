@@ -1,11 +1,19 @@
-"""Workers on Ray: Ray Train places them, gives them a process group, and calls `worker.run` with one JSON string."""
+"""Workers on Ray: Ray Train places them, gives them a process group, and calls `worker.run` with one JSON string.
+
+When workers are lost, a new group goes on from the run's last checkpoint, with as many as there are places for. Ray
+Train's own restarts are not used: they take a mistake in the data for a lost worker, and know of no checkpoint but
+those that were reported to them (and a report that returned may not be committed yet).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +21,9 @@ from typing import Any, TextIO
 
 import torch
 
-from tldist import config, dist
-from tldist.config import RunConfig, UserError
+from tldist import config, control, dist
+from tldist.config import LaunchConfig, RunConfig, TrainingFailed, UserError
+from tldist.tracking.events import EventLog
 
 # Read by Ray at import or start-up, inherited by the workers of a cluster started here; a user's own setting wins.
 _ENVIRONMENT = {
@@ -23,7 +32,11 @@ _ENVIRONMENT = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "45",
 }
+
+PLACES_WAIT_S = 300
+"""How long a run that lost a node waits for enough places to go on."""
 
 
 def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO], None]) -> None:
@@ -44,9 +57,8 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         _connect(settings)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            _check_cluster(settings, terminal)
-            trainer = _trainer(settings)
-            watch(lambda: _fit(trainer), terminal)
+            _check_cluster(settings)
+            watch(lambda: _fit_with_restarts(settings, terminal), terminal)
         finally:
             ray.shutdown()
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
@@ -71,20 +83,20 @@ def _connect(settings: RunConfig) -> None:
         ray.init(address="local", num_cpus=min(settings.launch.most, dist.cores()), include_dashboard=False, **quiet)
 
 
-def _check_cluster(settings: RunConfig, terminal: TextIO) -> None:
+def _check_cluster(settings: RunConfig) -> None:
     import ray
 
-    what = "GPU" if _use_gpu() else "CPU"
-    in_all, free = (found.get(what, 0) for found in (ray.cluster_resources(), ray.available_resources()))
-    workers = settings.launch.workers
-    if workers > in_all:
+    what, wanted = _place(), settings.launch
+    in_all = ray.cluster_resources().get(what, 0)
+    if wanted.least > in_all:
         raise UserError(
-            f"--launch.workers {workers}, but the Ray cluster has {in_all:g} {what}s: use fewer or add nodes"
+            f"--launch.workers {wanted.workers}, but the Ray cluster has {in_all:g} {what}s: use fewer or add nodes"
         )
-    if workers > free:
-        print(
-            f"waiting: {free:g} of the Ray cluster's {in_all:g} {what}s are free, {workers} are needed", file=terminal
-        )
+
+
+def _place() -> str:
+    """What a worker takes one of."""
+    return "GPU" if _use_gpu() else "CPU"
 
 
 def _use_gpu() -> bool:
@@ -95,21 +107,128 @@ def _use_gpu() -> bool:
     )
 
 
-def _trainer(settings: RunConfig) -> Any:
-    from ray.train import LoggingConfig, ScalingConfig
+def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchTrainer
 
     return TorchTrainer(
         _run_worker,
         train_loop_config={"config_json": config.to_json(settings)},
-        scaling_config=ScalingConfig(num_workers=settings.launch.workers, use_gpu=_use_gpu()),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=_use_gpu()),
         run_config=RayRunConfig(
-            name="ray",
-            storage_path=str(Path(settings.run_dir) / "logs"),
+            name=f"ray-{os.getpid()}-{attempt}",  # under a name it knows, Ray Train would go on with what it recorded
+            storage_path=str(Path(settings.run_dir) / "logs" / "ray"),
             logging_config=LoggingConfig(log_level="ERROR"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
+
+
+def _fit_with_restarts(settings: RunConfig, terminal: TextIO) -> None:
+    """Fit, until the run is done, stopped, or failed by something that another start would not mend."""
+    run_dir, fruitless, before = Path(settings.run_dir), 0, ""
+    for attempt in itertools.count():
+        workers = _wait_for_places(settings, terminal)
+        if workers == 0:
+            return
+        try:
+            with _growing(settings, workers):
+                _fit(_trainer(settings, workers, attempt))
+        except WorkersLost as lost:
+            before, earlier = _standing(run_dir), before
+            fruitless = fruitless + 1 if before == earlier else 1
+            if fruitless > settings.launch.restarts:
+                raise TrainingFailed(
+                    f"{lost}, {fruitless} times since the last checkpoint ({before or 'none'}): look for the reason in "
+                    f"{run_dir / 'logs'}, then go on with `tldist train --resume {run_dir}`"
+                ) from lost
+            _tell(run_dir, f"{lost}: starting again from {before or 'the beginning'}")
+            continue
+        if control.stop_reason(run_dir) != MORE_PLACES:
+            return
+        control.forget_stop(run_dir)
+
+
+MORE_PLACES = "more places"
+
+
+class WorkersLost(RuntimeError):  # noqa: N818 - it states a fact of the run
+    """Workers are gone without having raised anything."""
+
+
+def _standing(run_dir: Path) -> str:
+    last = run_dir / "checkpoints" / "last"
+    return last.resolve().name if last.exists() else ""
+
+
+def _tell(run_dir: Path, text: str) -> None:
+    """A line in the run's own log, which no worker writes at this moment."""
+    log = EventLog(run_dir / "metrics.jsonl")
+    log.write("notice", text=text)
+    log.close()
+
+
+def workers_for(places: int, wanted: LaunchConfig, batch_size: int) -> int:
+    """The most workers for so many places that share a step's images evenly; 0: too few places."""
+    counts = range(min(wanted.most, places), wanted.least - 1, -1)
+    return next((n for n in counts if batch_size % n == 0), 0)
+
+
+def _wait_for_places(settings: RunConfig, terminal: TextIO) -> int:
+    """How many workers to start; 0: asked to stop. Places of workers that ended, or died, come free with a delay."""
+    import ray
+
+    what, run_dir, batch = _place(), Path(settings.run_dir), settings.data.batch_size
+    started, told = time.monotonic(), False
+    while control.stop_reason(run_dir) is None:
+        free, in_all = (int(found.get(what, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
+        workers, hoped_for = (workers_for(places, settings.launch, batch) for places in (free, in_all))
+        waited = time.monotonic() - started
+        if workers and (workers == hoped_for or waited > SETTLE_S):
+            return workers
+        if waited > SETTLE_S and not told:
+            told = True
+            print(f"waiting: {free} {what}s are free, {settings.launch.least} are needed", file=terminal)
+        if hoped_for == 0 and waited > PLACES_WAIT_S:
+            raise TrainingFailed(
+                f"{in_all} {what}s are left, and --launch.workers {settings.launch.workers} needs more: go on with "
+                f"`tldist train --resume {run_dir}` when there are"
+            )
+        time.sleep(0.2)
+    return 0
+
+
+SETTLE_S = 5.0
+"""How long to hope for more places before starting with fewer."""
+
+
+@contextlib.contextmanager
+def _growing(settings: RunConfig, workers: int) -> Iterator[None]:
+    """While the block runs: when there are places for more workers than it has, ask it to save and stop."""
+    over = threading.Event()
+    if workers < settings.launch.most:
+        threading.Thread(target=_grow, args=(settings, workers, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _grow(settings: RunConfig, workers: int, over: threading.Event) -> None:
+    import ray
+
+    what, run_dir = _place(), Path(settings.run_dir)
+    seen = 0
+    while not over.wait(SETTLE_S):
+        # Until the workers have started, their own places look free.
+        places = int(ray.available_resources().get(what, 0)) + workers
+        in_all = int(ray.cluster_resources().get(what, 0))
+        possible = workers_for(min(places, in_all), settings.launch, settings.data.batch_size)
+        seen = seen + 1 if possible > workers else 0
+        if seen == 2 and control.stop_reason(run_dir) is None:
+            control.ask_to_stop(run_dir, MORE_PLACES)
+            return
 
 
 def _run_worker(loop_config: dict[str, str]) -> None:
@@ -119,7 +238,8 @@ def _run_worker(loop_config: dict[str, str]) -> None:
 
 
 def _fit(trainer: Any) -> None:
-    from ray.train.v2.api.exceptions import WorkerGroupError
+    """Raises what a worker raised, or WorkersLost."""
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
     try:
         with warnings.catch_warnings():
@@ -127,17 +247,32 @@ def _fit(trainer: Any) -> None:
             trainer.fit()
     except WorkerGroupError as error:
         raise _cause(error) from error
+    except PreemptionError as error:
+        raise WorkersLost("a node was taken away") from error
+    except ControllerError as error:
+        raise WorkersLost(f"the workers did not start ({type(error.controller_failure).__name__})") from error
     except SystemExit as error:  # how Ray Train answers Ctrl-C
         raise KeyboardInterrupt from error
 
 
 def _cause(error: Any) -> Exception:
-    """What a worker raised, without Ray's wrapping; a worker that only lost its peers in a collective comes last."""
-    causes = []
-    for _, failure in sorted(error.worker_failures.items()):
-        causes.append(getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure)
-    causes.sort(key=lambda cause: "all_reduce" in str(cause) or "Connection closed by peer" in str(cause))
-    return causes[0] if causes else error
+    """What a worker raised, without Ray's wrapping; WorkersLost where none raised anything but that a peer was gone."""
+    gone: list[int] = []
+    for rank, failure in sorted(error.worker_failures.items()):
+        cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
+        if _is_death(failure) or _is_death(cause):
+            gone.append(rank)
+        elif not dist.is_lost_peer(cause):
+            return cause
+    who = f"worker {', '.join(map(str, gone))}" if gone else "a worker"
+    return WorkersLost(f"{who} died")
+
+
+def _is_death(failure: Any) -> bool:
+    from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+    return isinstance(failure, RayActorError | WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError)
 
 
 @contextlib.contextmanager

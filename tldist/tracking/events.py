@@ -12,12 +12,20 @@ from typing import Any
 Event = dict[str, Any]
 
 
+def _ends_in_a_line(path: Path) -> bool:
+    """Did a writer that was killed leave half a line? It must not swallow the next one."""
+    with path.open("rb") as file:
+        return bool(file.seek(0, 2)) and file.seek(-1, 2) >= 0 and file.read() != b"\n"
+
+
 class EventLog:
     """Appends events to a file, flushed per line, and hands them to mirrors. Without a path it is silent."""
 
     def __init__(self, path: Path | None) -> None:
         self.mirrors: list[Callable[[Event], None]] = []
         self._file = path.open("a") if path else None
+        if path and self._file and _ends_in_a_line(path):
+            self._file.write("\n")
 
     def write(self, event: str, **fields: Any) -> None:
         """One line: {"event": ..., "time": unix seconds, ...}."""

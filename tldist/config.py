@@ -234,6 +234,9 @@ class LaunchConfig(Section):
     kind: Literal["auto", "ray", "local"] = "auto"
     """ray: Ray Train, on this machine or on the cluster at RAY_ADDRESS; local: one worker, in this process.
     auto: ray with more than one worker or with RAY_ADDRESS set, else local."""
+    hang_minutes: float = 10.0
+    """Stop a run in which no step, evaluation batch or the like ends for so long, and name the worker that the others
+    wait for; compiling and slow storage count too. 0: off."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +307,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--train.early-stop": c.train.early_stop,
         "--train.min-delta": c.train.min_delta,
         "--cache.gib": c.cache.gib,
+        "--launch.hang-minutes": c.launch.hang_minutes,
         "--seed": c.seed,
     }
     shares = {

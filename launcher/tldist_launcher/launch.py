@@ -22,6 +22,7 @@ from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
 from tldist.tracking.console import Console, follow
+from tldist.watchdog import forget, hung
 
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
@@ -67,6 +68,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
 
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
+    forget(run_dir)
     try:
         _start(settings, run_dir, quiet)
     except UserError:
@@ -74,6 +76,8 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
             _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
         raise
     except Exception as error:
+        if sentence := hung(run_dir):
+            raise TrainingFailed(sentence) from error
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise TrainingFailed(f"{type(error).__name__}: {reason} (traceback in {run_dir / 'logs'})") from error
     return run_dir

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from tldist import config
+from tldist import config, dist
 from tldist.config import RunConfig, UserError
 
 # Read by Ray at import or start-up, inherited by the workers of a cluster started here; a user's own setting wins.
@@ -32,7 +32,9 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
     `watch(start, stream)` calls `start()` and shows progress on `stream`; everything Ray itself prints goes to
     logs/ray.log. Raises what ended the first worker that failed.
     """
-    for name, value in _ENVIRONMENT.items():
+    # Ray's own patience with a worker that does not answer: longer than the watchdog's, which knows what it was doing.
+    waits = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(_patience_s(settings))}
+    for name, value in {**_ENVIRONMENT, **waits}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS") and _has_token():
         # `ray start` asks for a token where one exists, but a driver offers it only when told to; a cluster
@@ -50,6 +52,10 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         finally:
             ray.shutdown()
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
+
+
+def _patience_s(settings: RunConfig) -> int:
+    return int(dist.patience(settings.launch.hang_minutes).total_seconds())
 
 
 def _has_token() -> bool:
@@ -98,10 +104,11 @@ def _use_gpu() -> bool:
 def _trainer(settings: RunConfig) -> Any:
     from ray.train import LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     return TorchTrainer(
         _run_worker,
+        torch_config=TorchConfig(timeout_s=_patience_s(settings)),
         train_loop_config={"config_json": config.to_json(settings)},
         scaling_config=ScalingConfig(num_workers=settings.launch.workers, use_gpu=_use_gpu()),
         run_config=RayRunConfig(

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist_kernels",),
     ("tldist.config",),
-    ("tldist.dist",),
+    ("tldist.dist", "tldist.hang"),
+    ("tldist.watchdog",),
     ("tldist.backbones", "tldist.plan"),
     ("tldist.optim", "tldist.objectives"),
     ("tldist.data", "tldist.batchnorm", "tldist.features"),

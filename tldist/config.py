@@ -265,6 +265,10 @@ class LaunchConfig(Section):
         """Workers that it uses where they are to be had."""
         return int(str(self.workers).rpartition(":")[2])
 
+    hang_minutes: float = 10.0
+    """Stop a run in which no step, evaluation batch or the like ends for so long, and name the worker that the others
+    wait for; compiling and slow storage count too. 0: off."""
+
 
 @dataclass(frozen=True)
 class TrackingConfig(Section):
@@ -342,6 +346,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--checkpoint.minutes": c.checkpoint.minutes,
         "--launch.restarts": c.launch.restarts,
         "--checkpoint.steps": c.checkpoint.steps,
+        "--launch.hang-minutes": c.launch.hang_minutes,
         "--seed": c.seed,
     }
     shares = {

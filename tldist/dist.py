@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits, at least."""
 
 
 def is_initialized() -> bool:
@@ -33,14 +34,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def init(device: torch.device) -> bool:
+def patience(hang_minutes: float) -> timedelta:
+    """How long a collective waits: longer than the watchdog, which knows for whom (tldist/watchdog.py)."""
+    return max(TIMEOUT, timedelta(minutes=2 * hang_minutes))
+
+
+def init(device: torch.device, hang_minutes: float = 0.0) -> bool:
     """Join the process group that torchrun's variables describe, unless one exists (Ray makes its own).
 
     Returns whether this call made the group, so that its maker also destroys it.
     """
     if is_initialized() or "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
-    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    td.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience(hang_minutes))
     return True
 
 

@@ -127,15 +127,19 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     state = result.state
     if not resumed and run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
         restore_best(run, state)
+    run.watchdog.beat("preparing the phase", state.step)
     live = begin_phase(run, index, state, resumed)
+    run.watchdog.beat("comparing the replicas")
     announce_phase(run, live, state)
     if resumed and result.phases and result.phases[-1].index == index:
         live.clock.phase = result.phases.pop().window  # what an earlier process measured of it
     while not is_phase_over(run, live.phase, state):
         train_epoch(run, live, result)
         end_epoch(run, live, result)
+    run.watchdog.beat("writing the phase's last checkpoint")
     run.saver.flush()
     tell_news(run)
+    run.watchdog.beat("closing the phase")
     live.engine.close()
     live.inputs.close()
     peak = dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device)
@@ -192,14 +196,17 @@ def train_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
         state.workers = {}
     run.control.begin()
     live.clock.start()
+    run.watchdog.beat("waiting for data", state.step)
     with live.threads(run.pass_size):
         for epoch_step, batch in enumerate(_timed(live.inputs.train(state.epoch, done), live.clock), start=done + 1):
+            run.watchdog.beat("computing")
             train_step(run, live, state.step, batch, factor_at(run, live, state, state.step))
             state.step += 1
             live.clock.step(config.data.batch_size)
             if epoch_step % config.tracking.log_every == 0 or epoch_step == steps:
                 log_training(run, live, state, epoch_step)
             obey(run, live, result, is_last=epoch_step == steps)
+            run.watchdog.beat("waiting for data", state.step)
 
 
 def position(run: Run, state: TrainState) -> int:
@@ -219,6 +226,7 @@ def obey(run: Run, live: LivePhase, result: FitResult, is_last: bool) -> None:
         )
     due = orders.save or (checkpoints.steps > 0 and state.step % checkpoints.steps == 0)
     if orders.stop or (due and not is_last):  # an epoch's end is saved anyway
+        run.watchdog.beat("saving")
         save_checkpoint(run, live, result, ("last",))
     if orders.stop:
         run.saver.flush(must=True)
@@ -329,11 +337,13 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     state = result.state
     state.epoch += 1
     state.skipped_steps += live.meter.read_skipped()
+    run.watchdog.beat("comparing the replicas")
     live.agree_on_statistics()
     averages = {} if live.average is None else live.average.state()
     averages = {f"average of {name}": tensor for name, tensor in averages.items()}
     result.replica_spread = dist.replica_spread({**run.model.state_dict(), **averages})
     evaluation = evaluate_model(run, live)
+    run.watchdog.beat("saving")
     state.val_top1 = evaluation.top1
     for plateau in (state.phase_plateau, state.run_plateau):
         plateau.look(state.val_top1, run.config.train.min_delta)
@@ -360,12 +370,13 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
     """The whole model on the validation split, each image once."""
     live.evaluated().eval()
     inputs = live.inputs
+    batches = run.watchdog.along(inputs.val(), "evaluating", then="joining the evaluations")
 
     def logits(batch: Any) -> Tensor:
         return live.logits(inputs.encode(inputs.inputs(batch)))
 
     with live.threads(run.pass_size):
-        return evaluate(logits, inputs.val(), len(run.index.val.paths), run.numbers)
+        return evaluate(logits, batches, len(run.index.val.paths), run.numbers)
 
 
 def save_checkpoint(

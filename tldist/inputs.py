@@ -287,9 +287,9 @@ def _write_all(run: Run, images: ImageInputs, writers: dict[str, FeatureWriter])
     spec, side = PRESETS[config.data.augment], config.data.image_size
     for view in range(config.cache.views):
         plans = fill_batches(index.train, spec, side, run.pass_size, config.seed, view, run.worker)
-        for batch in run.train_loader.batches(plans):
+        for batch in run.watchdog.along(run.train_loader.batches(plans), "keeping features", "having kept features"):
             writers["train"].write(view, batch.ids_N, images.encode(images.inputs(batch)))
-    for batch in images.val():
+    for batch in run.watchdog.along(images.val(), "keeping features", "having kept features"):
         writers["val"].write(0, batch.ids_N, images.encode(images.inputs(batch)))
 
 

@@ -18,6 +18,7 @@ from tldist.engine import Numerics
 from tldist.plan import Plan
 from tldist.saver import Saver
 from tldist.tracking.events import EventLog
+from tldist.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Run:
     """FLOP/s that a worker's device could do, and where the figure is from."""
     source_weights: dict[str, Tensor] = field(default_factory=dict)
     """The pre-trained weights that L2-SP pulls towards, by parameter name; empty without it."""
+
+    watchdog: Watchdog = field(default_factory=Watchdog)
+    """Hears of every step; one that was not started only listens."""
 
     @property
     def worker(self) -> Worker:

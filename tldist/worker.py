@@ -33,6 +33,7 @@ from tldist.saver import Saver
 from tldist.tracking.environment import environment
 from tldist.tracking.events import EventLog
 from tldist.tracking.wandb import WandbSink
+from tldist.watchdog import Watchdog
 
 
 def run(config_json: str) -> dict[str, Any]:
@@ -46,11 +47,12 @@ def run(config_json: str) -> dict[str, Any]:
     device = dist.local_device()
     if device.type == "cpu":
         keep_freed_memory()
-    made_group = dist.init(device)
     settings = config.from_json(config_json)
+    made_group = dist.init(device, settings.launch.hang_minutes)
     log = EventLog(Path(settings.run_dir) / "metrics.jsonl" if dist.is_main() else None)
     try:
-        return _run(settings, device, log, started)
+        with watchdog_of(settings) as watchdog:
+            return _run(settings, device, log, started, watchdog)
     except Exception as error:
         log.write("error", text=str(error), kind=type(error).__name__)
         _keep_traceback(settings)
@@ -82,8 +84,15 @@ def _keep_traceback(settings: RunConfig) -> None:
             file.write(traceback.format_exc())
 
 
-def _run(settings: RunConfig, device: torch.device, log: EventLog, started: float) -> dict[str, Any]:
-    parts = build(settings, device, log)
+def watchdog_of(settings: RunConfig) -> Watchdog:
+    """This worker's, not yet started."""
+    return Watchdog(Path(settings.run_dir), dist.rank(), dist.world_size(), 60 * settings.launch.hang_minutes)
+
+
+def _run(
+    settings: RunConfig, device: torch.device, log: EventLog, started: float, watchdog: Watchdog
+) -> dict[str, Any]:
+    parts = build(settings, device, log, watchdog)
     sink = open_wandb(parts) if dist.is_main() else None
     if sink is not None:
         log.mirrors.append(sink.write)
@@ -92,7 +101,9 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
     try:
         announce(parts)
         result = fit(parts)
+        watchdog.beat("writing the last checkpoint")
         parts.saver.close()
+        watchdog.beat("writing the results")
         return finish(parts, result, sink, started)
     except Stopped as stopped:
         parts.saver.close()
@@ -112,14 +123,17 @@ def _run(settings: RunConfig, device: torch.device, log: EventLog, started: floa
             sink.close()
 
 
-def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
+def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Watchdog | None = None) -> Run:
     """Index, loaders, model and plan, in that order."""
     settings.validate()
     numbers = numerics(settings.train.precision, device)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
     plan = plan_of(settings)
     peak = peak_flops(device, numbers.dtype)  # before the loaders' threads share the cores
-    pixels = open_pixels(data, shared_index(settings), Path(settings.run_dir), device)
+    watchdog = watchdog or Watchdog()
+    index = shared_index(settings)  # may take long, and nothing is late before the first beat
+    watchdog.beat("building the model and the loaders")
+    pixels = open_pixels(data, index, Path(settings.run_dir), device)
     if pixels.notice:
         log.write("notice", text=pixels.notice)
     index = pixels.index
@@ -145,6 +159,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog) -> Run:
         saver=Saver(Path(settings.run_dir) / "checkpoints", settings.checkpoint.keep),
         control=Control(Path(settings.run_dir), settings.checkpoint.minutes, device),
         peak=peak,
+        watchdog=watchdog,
         source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
     )
 

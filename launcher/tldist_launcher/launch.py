@@ -24,6 +24,7 @@ from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
 from tldist.tracking.console import Console, follow
+from tldist.watchdog import forget, hung
 
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
@@ -73,6 +74,7 @@ def only_one(run_dir: Path) -> Iterator[None]:
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     control.forget_stop(run_dir)
+    forget(run_dir)
     try:
         with stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
@@ -83,6 +85,8 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     except (Stopped, TrainingFailed):
         raise
     except Exception as error:
+        if sentence := hung(run_dir):
+            raise TrainingFailed(sentence) from error
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
         raise TrainingFailed(f"{type(error).__name__}: {reason} (traceback in {run_dir / 'logs'})") from error
     if not (run_dir / "summary.json").exists():

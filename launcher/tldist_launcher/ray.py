@@ -24,6 +24,7 @@ import torch
 from tldist import config, control, dist
 from tldist.config import LaunchConfig, RunConfig, TrainingFailed, UserError
 from tldist.tracking.events import EventLog
+from tldist.watchdog import hung
 
 # Read by Ray at import or start-up, inherited by the workers of a cluster started here; a user's own setting wins.
 _ENVIRONMENT = {
@@ -45,7 +46,9 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
     `watch(start, stream)` calls `start()` and shows progress on `stream`; everything Ray itself prints goes to
     logs/ray.log. Raises what ended the first worker that failed.
     """
-    for name, value in _ENVIRONMENT.items():
+    # Ray's own patience with a worker that does not answer: longer than the watchdog's, which knows what it was doing.
+    waits = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(_patience_s(settings))}
+    for name, value in {**_ENVIRONMENT, **waits}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS") and _has_token():
         # `ray start` asks for a token where one exists, but a driver offers it only when told to; a cluster
@@ -62,6 +65,10 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         finally:
             ray.shutdown()
             signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
+
+
+def _patience_s(settings: RunConfig) -> int:
+    return int(dist.patience(settings.launch.hang_minutes).total_seconds())
 
 
 def _has_token() -> bool:
@@ -110,10 +117,11 @@ def _use_gpu() -> bool:
 def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     return TorchTrainer(
         _run_worker,
+        torch_config=TorchConfig(timeout_s=_patience_s(settings)),
         train_loop_config={"config_json": config.to_json(settings)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=_use_gpu()),
         run_config=RayRunConfig(
@@ -136,6 +144,8 @@ def _fit_with_restarts(settings: RunConfig, terminal: TextIO) -> None:
             with _growing(settings, workers):
                 _fit(_trainer(settings, workers, attempt))
         except WorkersLost as lost:
+            if sentence := hung(run_dir):  # another start might hang again, at a cluster's cost
+                raise TrainingFailed(sentence) from lost
             before, earlier = _standing(run_dir), before
             fruitless = fruitless + 1 if before == earlier else 1
             if fruitless > settings.launch.restarts:

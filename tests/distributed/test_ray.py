@@ -129,6 +129,32 @@ def test_ctrl_c_ends_the_run_and_its_workers(photos: Path, tmp_path: Path) -> No
     assert (run_dir / "checkpoints" / "last" / "model.safetensors").exists()
 
 
+def test_a_stopped_worker_is_named_and_gone(photos: Path, tmp_path: Path) -> None:
+    """A process that only SIGKILL or SIGCONT reaches: exit code 1, one sentence, and none of its processes left."""
+    run_dir = tmp_path / "run"
+    words = [*arguments(photos, run_dir), "--train.epochs", "1000", "--launch.hang-minutes", "0.1"]
+    mark = f"TLDIST_TEST={run_dir}"
+    environment = {**os.environ, "TLDIST_TEST": str(run_dir)}
+    command = [sys.executable, "-m", "tldist_launcher.cli", *words]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert any(line.startswith("epoch 2/") for line in run.stdout)
+        told = json.loads((run_dir / "logs" / "workers" / "rank-0001.json").read_text())
+        os.kill(told["pid"], signal.SIGSTOP)
+        stopped = time.monotonic()
+        _, error = run.communicate(timeout=90)
+    assert time.monotonic() - stopped < 6 + 30
+    assert run.returncode == 1
+    assert error.count("\n") == 1
+    assert error.startswith(f"tldist: worker 1 (host {told['host']}, pid {told['pid']}) hangs: no sign of life for ")
+    deadline = time.monotonic() + 20
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert marked(mark) == []
+    assert "fit.py" in (run_dir / "logs" / "rank1.log").read_text()
+    assert (run_dir / "checkpoints" / "last" / "model.safetensors").exists()
+
+
 def marked(mark: str) -> list[str]:
     """Living processes with `mark` in their environment."""
     found = []

@@ -37,6 +37,7 @@ class Orders:
 def ask_to_stop(run_dir: Path, reason: str) -> None:
     """Let the run in this directory, on whatever machines, save and stop at its next look."""
     with contextlib.suppress(OSError):  # on a full disk the file is empty, and there
+        (run_dir / "logs").mkdir(exist_ok=True)
         (run_dir / "logs" / "stop").write_text(reason)
 
 

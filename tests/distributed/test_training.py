@@ -19,6 +19,7 @@ from tldist.config import (
     CacheConfig,
     CheckpointConfig,
     DataConfig,
+    LaunchConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -354,3 +355,38 @@ def test_two_ranks_resume_with_the_same_bits(photos: Path, tmp_path: Path) -> No
     assert losses[0] == losses[1]
     for key, value in weights(whole).items():
         assert torch.equal(weights(broken)[key], value), key
+
+
+def test_other_numbers_of_workers_go_on(photos: Path, tmp_path: Path) -> None:
+    """2, then 1, then 2 workers, stopped inside epochs: the same steps over the same images, in passes of one size."""
+    two = LaunchConfig(workers="1:2")
+    whole = replace(settings(photos, tmp_path / "whole", train=TrainConfig(3, "fp32", batchnorm="eval")), launch=two)
+    broken = replace(whole, run_dir=str(tmp_path / "broken"), checkpoint=CheckpointConfig(steps=1))
+    train(whole, 2)
+    Path(broken.run_dir).mkdir()
+    assert run_ranks(_stopped_before_step, 2, config.to_json(broken), 3) == ["power cut"] * 2
+    assert _sizes_of_passes(broken, 7) == {4}
+    summary = run_ranks(worker.run, 2, config.to_json(broken))[0]
+    assert (summary["resumed_from"], summary["world_size"]) == ("epoch-0001-step-000002", 2)
+    for key, value in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+    losses = [{r["step"]: r["loss"] for r in rows(made, "train")} for made in (whole, broken)]
+    assert losses[0].keys() == losses[1].keys()
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), abs=1e-5)
+
+
+def _sizes_of_passes(made: RunConfig, stop: int) -> set[int]:
+    """Alone, until a step: how many images went through the network at once."""
+    seen: set[int] = set()
+    real, part = fit.train_step, Targets.part
+
+    def counting(targets: Targets, rows: slice) -> Targets:
+        made = part(targets, rows)
+        seen.add(len(made.labels_N))
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Targets, "part", counting)
+        assert _stopped_before_step(config.to_json(made), stop) == "power cut"
+        fit.train_step = real
+    return seen

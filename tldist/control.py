@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +54,24 @@ def stop_reason(run_dir: Path) -> str | None:
 def forget_stop(run_dir: Path) -> None:
     """Before a new start: what an earlier one was asked has been done."""
     (run_dir / "logs" / "stop").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def stopping_on_signals(run_dir: Path) -> Iterator[None]:
+    """SIGTERM and SIGUSR1, which a cluster sends some time before it kills, ask the run to save and stop."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may handle signals
+        return
+
+    def ask(number: int, _: Any) -> None:
+        ask_to_stop(run_dir, signal.Signals(number).name)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Control:

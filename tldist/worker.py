@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tldist import backbones, config, dist
+from tldist import backbones, config, control, dist
 from tldist.config import RunConfig, UserError
 from tldist.control import Control, Stopped
 from tldist.data.augment import PRESETS, AugmentSpec
@@ -370,8 +371,13 @@ def main() -> None:
         settings = config.load(Path(sys.argv[1]))
         if not settings.run_dir:
             raise UserError(f"{sys.argv[1]} names no run_dir: add a line run_dir: FOLDER")
-        Path(settings.run_dir).mkdir(parents=True, exist_ok=True)
-        run(config.to_json(settings))
+        run_dir = Path(settings.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if os.environ.get("RANK", "0") == "0":
+            control.forget_stop(run_dir)
+        with control.stopping_on_signals(run_dir):
+            told = run(config.to_json(settings))
+        sys.exit(75 if "stopped" in told else 0)
     except UserError as error:
         print(f"tldist: {error}", file=sys.stderr)
         sys.exit(2)

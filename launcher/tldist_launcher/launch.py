@@ -8,7 +8,6 @@ import fcntl
 import importlib.util
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -76,7 +75,7 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     control.forget_stop(run_dir)
     forget(run_dir)
     try:
-        with stopping_on_signals(run_dir):
+        with control.stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
     except UserError:
         if not (run_dir / "checkpoints").exists():
@@ -93,24 +92,6 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
         reason = control.stop_reason(run_dir) or "a request"
         raise Stopped(f"stopped by {reason}, all saved: go on with `tldist train --resume {run_dir}`")
     return run_dir
-
-
-@contextlib.contextmanager
-def stopping_on_signals(run_dir: Path) -> Iterator[None]:
-    """SIGTERM and SIGUSR1, which a cluster sends some time before it kills, ask the run to save and stop."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may handle signals
-        return
-
-    def ask(number: int, _: Any) -> None:
-        control.ask_to_stop(run_dir, signal.Signals(number).name)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def absolute(settings: RunConfig) -> RunConfig:
@@ -134,7 +115,7 @@ def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
         from tldist_launcher.ray import train_on_ray
 
         def watch(start: Callable[[], Any], stream: Any) -> None:
-            with stopping_on_signals(run_dir):  # Ray has put its own handlers in their place
+            with control.stopping_on_signals(run_dir):  # Ray has put its own handlers in their place
                 _watched(start, run_dir, quiet, stream)
 
         train_on_ray(settings, watch)

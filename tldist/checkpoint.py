@@ -133,6 +133,7 @@ def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> N
         draft.mkdir(parents=True)
         _write(draft, contents)
         if whole.exists():  # saved twice, or damaged
+            shutil.rmtree(folder / ".old", ignore_errors=True)
             whole.rename(folder / ".old")
         draft.rename(whole)
     except BaseException:

@@ -131,8 +131,9 @@ def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytes
 
     with monkeypatch.context() as patch:
         patch.setattr(call, die)
-        with pytest.raises(OSError, match="no space"):
-            save(tmp_path, 2, ("last", "best"))
+        for _ in range(3):  # the saver tries again
+            with pytest.raises(OSError, match="no space"):
+                save(tmp_path, 2, ("last", "best"))
     assert (value(tmp_path, "last"), value(tmp_path, "best")) == (1, 1)
     save(tmp_path, 2, ("last", "best"))
     assert (value(tmp_path, "last"), value(tmp_path, "best")) == (2, 2)

@@ -133,6 +133,7 @@ def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> N
         draft.mkdir(parents=True)
         _write(draft, contents)
         if whole.exists():  # saved twice, or damaged
+            shutil.rmtree(folder / ".old", ignore_errors=True)
             whole.rename(folder / ".old")
         draft.rename(whole)
     except BaseException:
@@ -158,7 +159,9 @@ SUMS = "SHA256SUMS"
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None where every file is as it was written."""
     try:
-        lines = (checkpoint / SUMS).read_text().splitlines()
+        *lines, rest = (checkpoint / SUMS).read_bytes().decode().split("\n")  # splitlines() also takes other characters
+        if rest:
+            return f"{SUMS} was cut short"
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for path in sorted(checkpoint.iterdir()):
             if path.name != SUMS and path.name not in sums:

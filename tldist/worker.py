@@ -269,7 +269,9 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
         (parts.run_dir / "predictions.json").write_text(text)
         if sink is not None:
             sink.write(predictions_event(parts.index, json.loads(text), result.state.step))
-        (parts.run_dir / "summary.json").write_text(json.dumps(summary, indent=1))
+        draft = parts.run_dir / ".summary.json"  # --resume takes a run with a summary for one that is done
+        draft.write_text(json.dumps(summary, indent=1))
+        draft.replace(parts.run_dir / "summary.json")
         parts.log.write("end", **summary)
         _report(parts)
     return summary

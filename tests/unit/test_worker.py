@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -131,3 +132,22 @@ def test_a_failure_is_recorded(photos: Path, tmp_path: Path, monkeypatch: pytest
         "kind": "ZeroDivisionError",
     }
     assert "ZeroDivisionError" in (tmp_path / "run" / "logs" / "rank0.log").read_text()
+
+
+def test_half_a_summary_is_none(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the very end: --resume must not take the run for one that is done."""
+    made, real = settings(photos, tmp_path / "run"), Path.write_text
+
+    def write(path: Path, text: str) -> int:
+        if "summary" in path.name:
+            real(path, text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write)
+        with pytest.raises(OSError, match="No space left"):
+            worker.run(config.to_json(made))
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert worker.run(config.to_json(made))["epochs"] == made.train.epochs
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_from"] == "epoch-0003"

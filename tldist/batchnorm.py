@@ -12,6 +12,7 @@ from tldist import dist
 from tldist.backbones import Segment
 from tldist.plan import Phase
 
+foreach: Any = torch  # whose stubs lack the operations over lists of tensors
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -49,8 +50,7 @@ def put_back(statistics: Sequence[Tensor], kept: Tensor, where: Tensor) -> None:
     A step that is left out because its gradients were not finite may have moved them to NaN, for good.
     """
     values = torch.where(where > 0, kept, flat(statistics))
-    for statistic, value in zip(statistics, values.split([s.numel() for s in statistics]), strict=True):
-        statistic.copy_(value)
+    foreach._foreach_copy_(list(statistics), list(values.split([s.numel() for s in statistics])))
 
 
 def flat(statistics: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
@@ -82,10 +83,24 @@ class Snapshot:
     texts: dict[str, str]
     """File -> what it says."""
 
+    def copy(self) -> Snapshot:
+        """Out of reach of all that may still change."""
+        tensors = {file: {name: t.clone() for name, t in named.items()} for file, named in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
+
 
 def folder_name(epoch: int, position: int = 0) -> str:
-    """Of the checkpoint `position` steps after `epoch` epochs. Their alphabetical order is that of time."""
+    """Of the checkpoint `position` steps after `epoch` epochs."""
     return f"epoch-{epoch:04d}" + (f"-step-{position:06d}" if position else "")
+
+
+def order(name: str) -> tuple[int, ...]:
+    """By time: (epoch,) or (epoch, position)."""
+    return tuple(map(int, re.findall(r"\d+", name)))
+
+
+def _in_order(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch-*"), key=lambda path: order(path.name))
 
 
 def snapshot(
@@ -133,8 +148,7 @@ def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> N
         draft.mkdir(parents=True)
         _write(draft, contents)
         if whole.exists():  # saved twice, or damaged
-            shutil.rmtree(folder / ".old", ignore_errors=True)
-            whole.rename(folder / ".old")
+            _set_aside(whole)
         draft.rename(whole)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -157,7 +171,10 @@ SUMS = "SHA256SUMS"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None where every file is as it was written."""
+    """What is wrong with a checkpoint, in words; None where every file is as it was written.
+
+    Raises OSError where that cannot be told: a disk that does not answer has not lost anything yet.
+    """
     try:
         *lines, rest = (checkpoint / SUMS).read_bytes().decode().split("\n")  # splitlines() also takes other characters
         if rest:
@@ -171,8 +188,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError) as error:
-        return f"it cannot be read ({error})"
+    except ValueError:
+        return f"{SUMS} is not what was written"
     return None if {"state.json", "model.safetensors"} <= sums.keys() else f"{SUMS} was cut short"
 
 
@@ -183,12 +200,13 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     DamagedCheckpoint where none is whole.
     """
     said: list[str] = []
-    for left in folder.glob(".draft-*"):  # by a process that was killed
+    for left in (*folder.glob(".draft-*"), *folder.glob(".old-*")):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
-    for found in sorted(folder.glob("epoch-*"), reverse=True):
+    for found in reversed(_in_order(folder)):
         reason = damage(found)
         if reason is None:
-            point(folder, ["last"], found.name)
+            if (folder / "last").resolve() != found.resolve():
+                point(folder, ["last"], found.name)
             return found, said
         said.append(f"the checkpoint {found.name} is damaged: {reason}")
         aside = folder / f"damaged-{found.name}"
@@ -196,7 +214,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         found.rename(aside)
     if said or list(folder.glob("damaged-*")):
         raise DamagedCheckpoint(
-            f"no checkpoint in {folder} is whole, {'; '.join(said) or 'see there'}: start a new run"
+            f"no checkpoint in {folder} is whole, {'; '.join(said) or 'see damaged-*'}: start a new run"
         )
     return None, []
 
@@ -252,18 +270,25 @@ def read_optimizer(checkpoint: Path) -> OptimizerState:
     found: OptimizerState = {}
     for place, tensor in safetensors.torch.load_file(checkpoint / "optimizer.safetensors").items():
         name, _, key = place.rpartition("/")
-        found.setdefault(name, {})[key] = tensor
+        found.setdefault(name, {})[key] = tensor.clone()  # out of the file, which may be removed while training goes on
     return found
 
 
 def _remove_older(folder: Path, keep: int) -> None:
     named = {path.resolve().name for path in folder.iterdir() if path.is_symlink()}
-    for path in sorted(folder.glob("epoch-*"))[:-keep]:
+    for path in _in_order(folder)[:-keep]:
         if path.name not in named:
-            with contextlib.suppress(OSError):  # it never looks like a checkpoint again, however far this comes
-                shutil.rmtree(folder / ".old", ignore_errors=True)
-                path.rename(folder / ".old")
-    shutil.rmtree(folder / ".old", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _set_aside(path)
+    for old in folder.glob(".old-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    """Under a name that is no checkpoint's, to be removed: a kill halfway must not leave half of one."""
+    old = path.with_name(f".old-{path.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
 
 
 def _sha256(path: Path) -> str:

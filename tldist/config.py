@@ -386,9 +386,9 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "use a multiple of 16",
         ),
         (
-            c.model.head == "mlp_bn" and batch < 2 * workers,
-            f"--data.batch-size {batch} gives a worker one image, and the BatchNorm of --model.head mlp_bn needs two: "
-            "use a larger batch or another head",
+            c.model.head == "mlp_bn" and _smallest_pass(c) < 2,
+            f"--data.batch-size {batch} gives a worker one image at a time, and the BatchNorm of --model.head mlp_bn "
+            "needs two: use a larger batch, less --train.accumulate, or another head",
         ),
         (
             c.train.accumulate > batch // max(workers, 1),
@@ -413,6 +413,14 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",
         ),
     ]
+
+
+def _smallest_pass(c: RunConfig) -> int:
+    """Images of a worker's smallest pass, over all numbers of workers that the run may have."""
+    most, batch = max(c.launch.most, 1), c.data.batch_size
+    limit = max(-(-(batch // most) // max(c.train.accumulate, 1)), 1)
+    shares = [batch // n for n in range(max(c.launch.least, 1), most + 1) if batch % n == 0]
+    return min((share // -(-share // limit) for share in shares if share), default=batch)
 
 
 def _cache_rules(c: RunConfig) -> list[tuple[bool, str]]:

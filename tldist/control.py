@@ -40,20 +40,27 @@ class Orders:
 
 def ask_to_stop(run_dir: Path, reason: str) -> None:
     """Let the run in this directory, on whatever machines, save and stop at its next look."""
-    with contextlib.suppress(OSError):  # on a full disk the file is empty, and there
+    with contextlib.suppress(OSError):
         (run_dir / "logs").mkdir(exist_ok=True)
-        (run_dir / "logs" / "stop").write_text(reason)
+        (run_dir / "logs" / f"{_STOP}{reason}").touch()  # a name needs no room on a full disk
 
 
 def stop_reason(run_dir: Path) -> str | None:
     """Why the run was asked to stop; None: it was not."""
-    path = run_dir / "logs" / "stop"
-    return path.read_text() if path.exists() else None
+    # A network file system asks its server when a folder is listed, but may answer from memory whether a file is there.
+    asked = sorted((run_dir / "logs").glob(f"{_STOP}*"))
+    return asked[0].name.removeprefix(_STOP) if asked else None
 
 
 def forget_stop(run_dir: Path) -> None:
     """Before a new start: what an earlier one was asked has been done."""
-    (run_dir / "logs" / "stop").unlink(missing_ok=True)
+    for asked in (run_dir / "logs").glob(f"{_STOP}*"):
+        asked.unlink(missing_ok=True)
+
+
+_STOP = "stop."
+MORE_PLACES = "more-places"
+"""The reason that is none to end: there are places for more workers. (After a signal's in the alphabet.)"""
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tldist import checkpoint, dist
+from tldist import checkpoint, control, dist
 from tldist.backbones import IMAGE_MEAN, IMAGE_STD
 from tldist.batchnorm import flat, put_back
 from tldist.checkpoint import DamagedCheckpoint, Snapshot, TrainState
@@ -26,6 +26,7 @@ from tldist.optim import schedule_factor
 from tldist.phase import LivePhase, begin_phase
 from tldist.plan import Phase
 from tldist.run import Run
+from tldist.saver import NotWritten
 
 Item = TypeVar("Item")
 
@@ -66,7 +67,7 @@ def fit(run: Run) -> FitResult:
         ended = index == resumed_phase and is_phase_over(run, phase, result.state)
         if not (ran or ended or is_over(run, result.state)):
             run_phase(run, index, result, resumed=index == resumed_phase)
-    if run.config.train.early_stop and result.state.best_epoch < result.state.epoch:
+    if run.config.train.early_stop and 0 < result.state.best_epoch < result.state.epoch:
         restore_best(run, result.state)
         if dist.is_main():
             checkpoint.point(run.saver.folder, ["last"], checkpoint.folder_name(result.state.best_epoch))
@@ -91,7 +92,25 @@ def resume(run: Run) -> FitResult:
         run.numbers.scaler.load_state_dict(state.scaler)
     phases = [PhaseRecord(**{**record, "window": Window(**record["window"])}) for record in told["phases"]]
     run.log.write("notice", text=f"resumed from {last.name}: after epoch {state.epoch}, step {state.step}")
+    check_best(run, state)
     return FitResult(state, phases, resumed_from=last.name, started=time.perf_counter() - state.seconds)
+
+
+def check_best(run: Run, state: TrainState) -> None:
+    """Where the checkpoint of the best epoch is lost (damaged, never written), the best of what comes takes its place.
+
+    Better told now than when it is needed, at the end.
+    """
+    problem = None
+    if dist.is_main() and state.best_epoch:
+        try:
+            if checkpoint.best(run.saver.folder).name != checkpoint.folder_name(state.best_epoch):
+                problem = f"the checkpoint of the best epoch, {state.best_epoch}, was not written"
+        except DamagedCheckpoint as error:
+            problem = str(error)
+    if problem := dist.from_main(problem):
+        run.log.write("notice", text=f"{problem}: the best of the epochs from here on takes its place")
+        state.best_val_top1, state.best_epoch = -1.0, 0
 
 
 def find_checkpoint(run: Run) -> Path | None:
@@ -125,7 +144,7 @@ def is_phase_over(run: Run, phase: Phase, state: TrainState) -> bool:
 def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) -> None:
     """One phase, from its cut to its last epoch; what it held is freed on return, but for what `result` keeps."""
     state = result.state
-    if not resumed and run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
+    if not resumed and run.plan.phases[index].start == "best" and 0 < state.best_epoch < state.epoch:
         restore_best(run, state)
     run.watchdog.beat("preparing the phase", state.step)
     live = begin_phase(run, index, state, resumed)
@@ -221,16 +240,32 @@ def obey(run: Run, live: LivePhase, result: FitResult, is_last: bool) -> None:
     if orders.most_skipped >= run.config.train.max_skipped:
         raise Diverged(
             f"the gradients of {orders.most_skipped} steps in a row, up to step {state.step}, were not finite; none of "
-            f"these steps was taken, and the checkpoints in {run.saver.folder} are from before: lower --optim.base-lr, "
+            f"these steps was taken, and {run.saver.folder} holds the weights from before: lower --optim.base-lr, "
             "or look at the images"
         )
     due = orders.save or (checkpoints.steps > 0 and state.step % checkpoints.steps == 0)
     if orders.stop or (due and not is_last):  # an epoch's end is saved anyway
         run.watchdog.beat("saving")
+        live.clock.stop()
         save_checkpoint(run, live, result, ("last",))
+        live.clock.start()
     if orders.stop:
-        run.saver.flush(must=True)
+        stop(run, state)
+
+
+def stop(run: Run, state: TrainState) -> None:
+    """Raise Stopped when all is on the disk, on every worker; NotWritten where it cannot be, and there is need to end.
+
+    No worker ends before the main one has written: launchers kill a group of which one has ended.
+    """
+    run.saver.flush()
+    problem, reason = dist.from_main((run.saver.problem, control.stop_reason(run.run_dir)))
+    if not problem:
         raise Stopped(f"stopped after step {state.step}, and saved")
+    if reason != control.MORE_PLACES:
+        raise NotWritten(problem)
+    if dist.is_main():
+        control.forget_stop(run.run_dir)
 
 
 def factor_at(run: Run, live: LivePhase, state: TrainState, step: int) -> float:
@@ -285,13 +320,12 @@ def seed_default_generators(generator: torch.Generator) -> None:
 
 def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Callable[[Tensor], Tensor]) -> None:
     """The step's images through the network, in as many parts as gradients accumulate over."""
-    n = len(x)
-    starts = range(0, n, run.pass_size)
-    for start in starts:
-        part = slice(start, start + run.pass_size)
-        of_part = targets if len(starts) == 1 else targets.part(part)
+    n, parts = len(x), -(-len(x) // run.pass_size)
+    for i in range(parts):  # of nearly equal size: BatchNorm should not see the rest alone
+        part = slice(i * n // parts, (i + 1) * n // parts)
+        of_part = targets if parts == 1 else targets.part(part)
         output = live.engine.forward_backward(
-            encode(x[part]), of_part, len(of_part.labels_N) / n, reduce=start == starts[-1]
+            encode(x[part]), of_part, len(of_part.labels_N) / n, reduce=i == parts - 1
         )
         live.meter.update(output, of_part)
 

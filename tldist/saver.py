@@ -33,7 +33,8 @@ class Saver:
         self._waiting: dict[str, Snapshot] = {}
         self._lock, self._hurry = threading.Lock(), threading.Event()
         self._writing: Future[None] | None = None
-        self._problem = ""
+        self.problem = ""
+        """Why what waits could not be written."""
         self._told = ""
 
     def save(self, names: Sequence[str], contents: Snapshot) -> None:
@@ -51,7 +52,7 @@ class Saver:
 
     def news(self) -> str | None:
         """What a person should know that has not been told: a checkpoint could not be written."""
-        problem = self._problem
+        problem = self.problem
         if problem == self._told:
             return None
         self._told = problem
@@ -64,8 +65,11 @@ class Saver:
             self._writing.result()
         self._write()  # what came while the thread was ending
         self._hurry.clear()
-        if must and self._problem:
-            raise NotWritten(self._problem)
+        if must and self.problem:
+            raise NotWritten(self.problem)
+        with self._lock:  # what still waits must not see what is frozen now train later
+            copies = {id(contents): contents.copy() for contents in self._waiting.values()}
+            self._waiting = {name: copies[id(contents)] for name, contents in self._waiting.items()}
 
     def close(self) -> None:
         """Write what waits, and end. Raises NotWritten where something is not on disk."""
@@ -77,7 +81,10 @@ class Saver:
     def _write(self) -> None:
         while waiting := self._take():
             started = time.monotonic()
-            for contents in {id(contents): contents for contents in waiting.values()}.values():
+            # The older first: `last` must not tell of a best that is not there yet.
+            for contents in sorted(
+                {id(c): c for c in waiting.values()}.values(), key=lambda c: checkpoint.order(c.name)
+            ):
                 names = [name for name in waiting if waiting[name] is contents]
                 if not self._wrote(names, contents):
                     with self._lock:
@@ -93,12 +100,12 @@ class Saver:
         except (OSError, SafetensorError) as error:
             reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
             stands = (self.folder / "last").resolve().name if (self.folder / "last").exists() else "none"
-            self._problem = (
+            self.problem = (
                 f"the checkpoint {contents.name} could not be written to {self.folder}: {reason}; the last whole one "
                 f"is {stands}, and the next is tried in its turn: make room on the disk"
             )
             return False
-        self._problem = ""
+        self.problem = ""
         return True
 
     def _take(self) -> dict[str, Snapshot]:

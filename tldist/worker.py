@@ -265,10 +265,11 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
     """Write predictions, summary and report; returns the summary."""
     summary = summarize(parts, result, sink, started)
     if dist.is_main():
-        text = (parts.saver.folder / "best" / "predictions.json").read_text()
-        (parts.run_dir / "predictions.json").write_text(text)
-        if sink is not None:
-            sink.write(predictions_event(parts.index, json.loads(text), result.state.step))
+        told = parts.saver.folder / "best" / "predictions.json"
+        if told.exists():  # else the best epoch's checkpoint was lost, which was said
+            (parts.run_dir / "predictions.json").write_text(told.read_text())
+            if sink is not None:
+                sink.write(predictions_event(parts.index, json.loads(told.read_text()), result.state.step))
         draft = parts.run_dir / ".summary.json"  # --resume takes a run with a summary for one that is done
         draft.write_text(json.dumps(summary, indent=1))
         draft.replace(parts.run_dir / "summary.json")

@@ -38,7 +38,12 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
     config.save(settings, run_dir / "config.yaml")
     save_index(index, run_dir / "index.json")
     with only_one(run_dir):
-        return _to_the_end(settings, run_dir, quiet)
+        try:
+            return _to_the_end(settings, run_dir, quiet)
+        except UserError:
+            if not (run_dir / "checkpoints").exists():
+                _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
+            raise
 
 
 def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
@@ -77,11 +82,7 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     try:
         with control.stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
-    except UserError:
-        if not (run_dir / "checkpoints").exists():
-            _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
-        raise
-    except (Stopped, TrainingFailed):
+    except (UserError, Stopped, TrainingFailed):
         raise
     except Exception as error:
         if sentence := hung(run_dir):

@@ -8,6 +8,7 @@ those that were reported to them (and a report that returned may not be committe
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -57,18 +58,39 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
     with chatter_to(Path(settings.run_dir) / "logs" / "ray.log") as terminal:
         import ray
 
-        _connect(settings)
-        on_interrupt = signal.getsignal(signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        with _children_without(signal.SIGUSR1):
+            _connect(settings)
+        _set_again(before, signal.SIGTERM)
         try:
             _check_cluster(settings)
             watch(lambda: _fit_with_restarts(settings, terminal), terminal)
         finally:
             ray.shutdown()
-            signal.signal(signal.SIGINT, on_interrupt)  # Ray Train's own would stay
+            _set_again(before, signal.SIGINT)  # Ray Train's own would stay
 
 
 def _patience_s(settings: RunConfig) -> int:
     return int(dist.patience(settings.launch.hang_minutes).total_seconds())
+
+
+@contextlib.contextmanager
+def _children_without(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started in the block never receive this signal, whose default is to end them.
+
+    A cluster may send it to all processes of a job, and those of Ray must live until the workers have saved. One that
+    comes meanwhile is received at the block's end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _set_again(handlers: dict[signal.Signals, Any], number: signal.Signals) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, handlers[number])
 
 
 def _has_token() -> bool:
@@ -135,36 +157,50 @@ def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
 
 def _fit_with_restarts(settings: RunConfig, terminal: TextIO) -> None:
     """Fit, until the run is done, stopped, or failed by something that another start would not mend."""
-    run_dir, fruitless, before = Path(settings.run_dir), 0, ""
+    run_dir, wanted, restarts = Path(settings.run_dir), settings.launch, Restarts(settings)
     for attempt in itertools.count():
-        workers = _wait_for_places(settings, terminal)
+        if control.stop_reason(run_dir) == control.MORE_PLACES:
+            control.forget_stop(run_dir)  # now they are taken
+        workers = _wait_for_places(settings, wanted, terminal)
         if workers == 0:
             return
         try:
-            with _growing(settings, workers):
+            with _growing(settings, wanted, workers):
                 _fit(_trainer(settings, workers, attempt))
         except WorkersLost as lost:
-            if sentence := hung(run_dir):  # another start might hang again, at a cluster's cost
-                raise TrainingFailed(sentence) from lost
-            before, earlier = _standing(run_dir), before
-            fruitless = fruitless + 1 if before == earlier else 1
-            if fruitless > settings.launch.restarts:
-                raise TrainingFailed(
-                    f"{lost}, {fruitless} times since the last checkpoint ({before or 'none'}): look for the reason in "
-                    f"{run_dir / 'logs'}, then go on with `tldist train --resume {run_dir}`"
-                ) from lost
-            _tell(run_dir, f"{lost}: starting again from {before or 'the beginning'}")
+            restarts.count(lost)
+            if lost.never_began and workers > wanted.least:  # places that add up, but do not fit a worker each
+                wanted = dataclasses.replace(wanted, workers=f"{wanted.least}:{workers - 1}")
             continue
-        if control.stop_reason(run_dir) != MORE_PLACES:
+        if (run_dir / "summary.json").exists() or control.stop_reason(run_dir) != control.MORE_PLACES:
             return
-        control.forget_stop(run_dir)
 
 
-MORE_PLACES = "more places"
+class Restarts:
+    """Counts starts that came to nothing, says why there is another one, and ends what would go on for ever."""
+
+    def __init__(self, settings: RunConfig) -> None:
+        self.run_dir, self.most = Path(settings.run_dir), settings.launch.restarts
+        self.fruitless, self.before = 0, ""
+
+    def count(self, lost: WorkersLost) -> None:
+        """Raises TrainingFailed where another start would be one too many."""
+        if sentence := hung(self.run_dir):  # it might hang again, at a cluster's cost
+            raise TrainingFailed(sentence) from lost
+        standing, earlier = _standing(self.run_dir), self.before
+        self.before, self.fruitless = standing, self.fruitless + 1 if standing == earlier else 1
+        if self.fruitless > self.most:
+            raise TrainingFailed(
+                f"{lost}, {self.fruitless} times since the last checkpoint ({standing or 'none'}): look for the reason "
+                f"in {self.run_dir / 'logs'}, then go on with `tldist train --resume {self.run_dir}`"
+            ) from lost
+        _tell(self.run_dir, f"{lost}: starting again from {standing or 'the beginning'}")
 
 
 class WorkersLost(RuntimeError):  # noqa: N818 - it states a fact of the run
     """Workers are gone without having raised anything."""
+
+    never_began = False
 
 
 def _standing(run_dir: Path) -> str:
@@ -185,7 +221,7 @@ def workers_for(places: int, wanted: LaunchConfig, batch_size: int) -> int:
     return next((n for n in counts if batch_size % n == 0), 0)
 
 
-def _wait_for_places(settings: RunConfig, terminal: TextIO) -> int:
+def _wait_for_places(settings: RunConfig, wanted: LaunchConfig, terminal: TextIO) -> int:
     """How many workers to start; 0: asked to stop. Places of workers that ended, or died, come free with a delay."""
     import ray
 
@@ -193,13 +229,13 @@ def _wait_for_places(settings: RunConfig, terminal: TextIO) -> int:
     started, told = time.monotonic(), False
     while control.stop_reason(run_dir) is None:
         free, in_all = (int(found.get(what, 0)) for found in (ray.available_resources(), ray.cluster_resources()))
-        workers, hoped_for = (workers_for(places, settings.launch, batch) for places in (free, in_all))
+        workers, hoped_for = (workers_for(places, wanted, batch) for places in (free, in_all))
         waited = time.monotonic() - started
         if workers and (workers == hoped_for or waited > SETTLE_S):
             return workers
         if waited > SETTLE_S and not told:
             told = True
-            print(f"waiting: {free} {what}s are free, {settings.launch.least} are needed", file=terminal)
+            print(f"waiting: {free} {what}s are free, {wanted.least} are needed", file=terminal)
         if hoped_for == 0 and waited > PLACES_WAIT_S:
             raise TrainingFailed(
                 f"{in_all} {what}s are left, and --launch.workers {settings.launch.workers} needs more: go on with "
@@ -214,30 +250,34 @@ SETTLE_S = 5.0
 
 
 @contextlib.contextmanager
-def _growing(settings: RunConfig, workers: int) -> Iterator[None]:
+def _growing(settings: RunConfig, wanted: LaunchConfig, workers: int) -> Iterator[None]:
     """While the block runs: when there are places for more workers than it has, ask it to save and stop."""
     over = threading.Event()
-    if workers < settings.launch.most:
-        threading.Thread(target=_grow, args=(settings, workers, over), daemon=True).start()
+    grower = threading.Thread(target=_grow, args=(settings, wanted, workers, over), daemon=True)
+    if workers < wanted.most:
+        grower.start()
     try:
         yield
     finally:
         over.set()
+        if grower.is_alive():
+            grower.join(timeout=SETTLE_S)
 
 
-def _grow(settings: RunConfig, workers: int, over: threading.Event) -> None:
+def _grow(settings: RunConfig, wanted: LaunchConfig, workers: int, over: threading.Event) -> None:
     import ray
 
-    what, run_dir = _place(), Path(settings.run_dir)
-    seen = 0
+    what, run_dir, batch = _place(), Path(settings.run_dir), settings.data.batch_size
+    metrics, seen = run_dir / "metrics.jsonl", 0
+    silent = metrics.stat().st_size if metrics.exists() else 0
     while not over.wait(SETTLE_S):
-        # Until the workers have started, their own places look free.
+        if not metrics.exists() or metrics.stat().st_size == silent:
+            continue  # until the workers have begun, the places that they will take look free
         places = int(ray.available_resources().get(what, 0)) + workers
         in_all = int(ray.cluster_resources().get(what, 0))
-        possible = workers_for(min(places, in_all), settings.launch, settings.data.batch_size)
-        seen = seen + 1 if possible > workers else 0
-        if seen == 2 and control.stop_reason(run_dir) is None:
-            control.ask_to_stop(run_dir, MORE_PLACES)
+        seen = seen + 1 if workers_for(min(places, in_all), wanted, batch) > workers else 0
+        if seen == 2 and not over.is_set():
+            control.ask_to_stop(run_dir, control.MORE_PLACES)
             return
 
 
@@ -260,7 +300,9 @@ def _fit(trainer: Any) -> None:
     except PreemptionError as error:
         raise WorkersLost("a node was taken away") from error
     except ControllerError as error:
-        raise WorkersLost(f"the workers did not start ({type(error.controller_failure).__name__})") from error
+        lost = WorkersLost(f"the workers did not start ({type(error.controller_failure).__name__})")
+        lost.never_began = True
+        raise lost from error
     except SystemExit as error:  # how Ray Train answers Ctrl-C
         raise KeyboardInterrupt from error
 
@@ -268,14 +310,16 @@ def _fit(trainer: Any) -> None:
 def _cause(error: Any) -> Exception:
     """What a worker raised, without Ray's wrapping; WorkersLost where none raised anything but that a peer was gone."""
     gone: list[int] = []
+    said = ""
     for rank, failure in sorted(error.worker_failures.items()):
         cause = getattr(failure, "cause", None) or getattr(failure, "__cause__", None) or failure
         if _is_death(failure) or _is_death(cause):
             gone.append(rank)
         elif not dist.is_lost_peer(cause):
             return cause
-    who = f"worker {', '.join(map(str, gone))}" if gone else "a worker"
-    return WorkersLost(f"{who} died")
+        else:
+            said = f" ({' '.join(str(cause).split())[:200]})"
+    return WorkersLost(f"worker {', '.join(map(str, gone))} died" if gone else f"a worker was lost{said}")
 
 
 def _is_death(failure: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 from collections.abc import Callable
@@ -45,8 +46,9 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
 
 
 def test_names_are_in_the_order_of_time() -> None:
-    names = [checkpoint.folder_name(*at) for at in [(3, 0), (3, 1), (3, 99), (3, 100), (4, 0), (10, 0), (10, 7)]]
-    assert names == sorted(names)
+    times = [(3, 0), (3, 1), (3, 99), (3, 100), (4, 0), (10, 0), (10, 7), (10, 1_000_000), (12_345, 0), (100_000, 0)]
+    names = [checkpoint.folder_name(*at) for at in times]
+    assert names == sorted(names, key=checkpoint.order)
 
 
 def cut_short(file: Path) -> None:
@@ -111,6 +113,30 @@ class TestDamage:
         for _ in range(2):
             with pytest.raises(DamagedCheckpoint, match="is whole"):
                 checkpoint.newest(tmp_path)
+
+    def test_a_disk_that_does_not_answer_has_lost_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for epoch in (1, 2):
+            save(tmp_path, epoch, ("last",), keep=2)
+
+        def stale(_: Path) -> str:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_sha256", stale)
+            with pytest.raises(OSError, match="Stale"):
+                checkpoint.newest(tmp_path)
+        assert checkpoint.newest(tmp_path) == (tmp_path / "epoch-0002", [])
+
+    def test_what_a_killed_process_left_is_swept(self, tmp_path: Path) -> None:
+        save(tmp_path, 1, ("last",))
+        for left in (".draft-77", ".old-epoch-0001"):
+            (tmp_path / left).mkdir()
+            (tmp_path / left / "part").write_text("x")
+        save(tmp_path, 2, ("last",))
+        checkpoint.newest(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0002", "last"]
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         assert checkpoint.newest(tmp_path / "checkpoints") == (None, [])

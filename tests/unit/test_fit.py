@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -321,6 +322,44 @@ class TestSaver:
         assert (self.value(tmp_path, "last"), self.value(tmp_path, "best")) == (199, 50)
         assert len(written) < 100
         assert "epoch-0199" in written
+
+    def test_what_could_not_be_written_does_not_see_later_training(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Frozen weights are only referred to, and the next phase trains them: not in a checkpoint of this one."""
+        frozen, saver = torch.ones(3), Saver(tmp_path)
+        state, name = TrainState(epoch=1), checkpoint.folder_name(1)
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            saver.save(("last", "best"), checkpoint.snapshot(name, {"w": frozen}, None, state, {}, {"w"}))
+            saver.flush()
+        frozen.fill_(99.0)
+        saver.close()
+        assert self.value(tmp_path, "best") == 1
+
+    def test_the_older_is_written_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """`last` must not lead to a state that names a best epoch which is not on the disk yet."""
+        written: list[str] = []
+        real, saver = checkpoint.save, Saver(tmp_path)
+        gate = threading.Event()
+
+        def slow(folder: Path, names: Any, contents: checkpoint.Snapshot, keep: int) -> None:
+            gate.wait(10)
+            written.append(contents.name)
+            real(folder, names, contents, keep)
+
+        monkeypatch.setattr(checkpoint, "save", slow)
+        saver.save(("last",), self.contents(1))
+        saver.save(("last", "best"), self.contents(2))
+        saver.save(("last",), self.contents(3))
+        gate.set()
+        saver.close()
+        assert written == sorted(written)
+        assert written[-1] == "epoch-0003"
 
     def test_later_training_does_not_reach_what_waits(self, tmp_path: Path) -> None:
         weight, saver = torch.ones(3), Saver(tmp_path)

@@ -182,6 +182,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(photos: Path, 
     same(whole, broken)
 
 
+def test_a_lost_best_is_told_at_once_and_the_run_ends(photos: Path, tmp_path: Path, source: str) -> None:
+    """Not at the end of training, when it would be needed."""
+    made = settings(photos, tmp_path / "run", source, {"train": TrainConfig(epochs=2, precision="fp32")})
+    worker.run(config.to_json(made))
+    folder = Path(made.run_dir) / "checkpoints"
+    longer = replace(made, train=replace(made.train, epochs=3), checkpoint=CheckpointConfig(keep=9))
+    (folder / "best" / "model.safetensors").write_bytes(b"")
+    if (folder / "best").resolve() == (folder / "last").resolve():  # then the first epoch's is gone as well
+        pytest.skip("the last epoch was the best")
+    summary = worker.run(config.to_json(longer))
+    assert summary["best_epoch"] == 3
+    assert any("takes its place" in row["text"] for row in rows(made, "notice"))
+
+
 class TestNotFinite:
     def poisoned(self, monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> list[dict[str, torch.Tensor]]:
         """Images of these steps are not numbers; returns the model before and after each of them."""

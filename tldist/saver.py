@@ -64,6 +64,7 @@ class Saver:
             self._writing.result()
         self._write()  # what came while the thread was ending
         self._hurry.clear()
+        self._set_apart()
         if must and self._problem:
             raise NotWritten(self._problem)
 
@@ -100,6 +101,12 @@ class Saver:
             return False
         self._problem = ""
         return True
+
+    def _set_apart(self) -> None:
+        """What still waits outlives the phase that it was taken in, and the next one may train what that one froze."""
+        with self._lock:
+            apart = {id(contents): contents.apart() for contents in self._waiting.values()}
+            self._waiting = {name: apart[id(contents)] for name, contents in self._waiting.items()}
 
     def _take(self) -> dict[str, Snapshot]:
         with self._lock:

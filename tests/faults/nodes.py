@@ -102,6 +102,18 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def works_for_a_run(pid: int) -> bool:
+    """Is it one of Ray's actors, and none of those that live as long as the cluster?"""
+    try:
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return title.startswith("ray::") and not title.startswith(tuple(f"ray::{name}" for name in _LIVE_ON))
+
+
+_LIVE_ON = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinatorActor")
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as s:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nodes import environment, is_alive, marked
+from nodes import environment, is_alive, marked, works_for_a_run
 
 from tldist.tracking.runlog import parse
 
@@ -194,13 +194,14 @@ class Run:
         return int(epoch) * self.steps_per_epoch + int(steps or 0)
 
     def left_processes(self, seconds: float = 20) -> list[int]:
-        """Of the command and its workers, those that still run; they get some time to end."""
+        """Of the command, its workers and what Ray started beside them, those that still run after so many seconds."""
         workers, deadline = self.seen().pids, time.monotonic() + seconds
-        while left := [*marked(self.mark), *filter(is_alive, workers)]:
+        ray = f"TLDIST_OBSERVE={self.bench.observed}"
+        while left := {*marked(self.mark), *filter(is_alive, workers), *filter(works_for_a_run, marked(ray))}:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        return left
+        return sorted(left)
 
     def end(self) -> None:
         """Whatever became of it: no process of it stays."""

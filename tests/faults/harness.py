@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,6 +33,7 @@ ELASTIC = "elastic"
 def main() -> int:
     """All faults, or the one that was asked for; the table; the exit code."""
     words = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every finally: no cluster and no mount stays
     seed = words.seed or str(time.time_ns() % 10**6)
     chosen = [name for name in (*FAULTS, ELASTIC) if words.only in (None, name)]
     print(f"seed {seed}, faults: {', '.join(chosen)}", flush=True)

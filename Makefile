@@ -4,12 +4,13 @@ export PYTHON
 # With this set, as some sandboxes have it, each process compiles torch and Ray anew: 2x slower imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo test lint clean
+.PHONY: help env demo test faults lint clean
 
 help:
 	@echo "make env    install everything into .venv"
 	@echo "make demo   every strategy on digits, in minutes, offline"
 	@echo "make test   the tests"
+	@echo "make faults break runs in every way, ten times each, and compare their bits: an hour or more"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
@@ -23,6 +24,9 @@ demo: env
 
 test: env
 	.venv/bin/python -m pytest -q
+
+faults: env
+	.venv/bin/python tests/faults/harness.py
 
 lint: env
 	.venv/bin/ruff check .

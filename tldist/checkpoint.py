@@ -75,7 +75,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A checkpoint's contents, out of reach of further training."""
+    """A checkpoint's contents, out of reach of further training in its phase."""
 
     name: str
     tensors: dict[str, dict[str, Tensor]]
@@ -83,10 +83,10 @@ class Snapshot:
     texts: dict[str, str]
     """File -> what it says."""
 
-    def copy(self) -> Snapshot:
-        """Out of reach of all that may still change."""
-        tensors = {file: {name: t.clone() for name, t in named.items()} for file, named in self.tensors.items()}
-        return dataclasses.replace(self, tensors=tensors)
+    def apart(self) -> Snapshot:
+        """With copies of the tensors that it only refers to, too."""
+        copies = {file: {name: t.clone() for name, t in named.items()} for file, named in self.tensors.items()}
+        return dataclasses.replace(self, tensors=copies)
 
 
 def folder_name(epoch: int, position: int = 0) -> str:

@@ -65,11 +65,9 @@ class Saver:
             self._writing.result()
         self._write()  # what came while the thread was ending
         self._hurry.clear()
+        self._set_apart()
         if must and self.problem:
             raise NotWritten(self.problem)
-        with self._lock:  # what still waits must not see what is frozen now train later
-            copies = {id(contents): contents.copy() for contents in self._waiting.values()}
-            self._waiting = {name: copies[id(contents)] for name, contents in self._waiting.items()}
 
     def close(self) -> None:
         """Write what waits, and end. Raises NotWritten where something is not on disk."""
@@ -107,6 +105,12 @@ class Saver:
             return False
         self.problem = ""
         return True
+
+    def _set_apart(self) -> None:
+        """What still waits outlives the phase that it was taken in, and the next one may train what that one froze."""
+        with self._lock:
+            apart = {id(contents): contents.apart() for contents in self._waiting.values()}
+            self._waiting = {name: apart[id(contents)] for name, contents in self._waiting.items()}
 
     def _take(self) -> dict[str, Snapshot]:
         with self._lock:

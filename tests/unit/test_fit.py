@@ -392,3 +392,20 @@ class TestSaver:
         saver.close()
         assert (self.value(tmp_path, "last"), self.value(tmp_path, "best")) == (3, 2)
         assert saver.news() == "checkpoints are written again"
+
+    def test_what_waits_beyond_its_phase_stays_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The disk is full at the phase's end, and the next phase trains what that one froze."""
+        saver, frozen = Saver(tmp_path), torch.ones(3)
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", full)
+            taken = checkpoint.snapshot("epoch-0001", {"w": frozen}, None, TrainState(epoch=1), {}, fixed={"w"})
+            saver.save(("last", "best"), taken)
+            saver.flush()
+        frozen.zero_()
+        saver.close()
+        assert checkpoint.read_weights(tmp_path / "best")["w"].tolist() == [1, 1, 1]
+        assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-0001"]

@@ -107,12 +107,14 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     if not resumed and run.plan.phases[index].start == "best" and state.best_epoch < state.epoch:
         restore_best(run, state)
     live = begin_phase(run, index, state, resumed)
-    announce_phase(run, live, state)
+    with live.engine.whole():
+        announce_phase(run, live, state)
     if resumed and result.phases and result.phases[-1].index == index:
         live.clock.phase = result.phases.pop().window  # what an earlier process measured of it
     while not is_phase_over(run, live.phase, state):
         train_epoch(run, live, state)
-        end_epoch(run, live, result)
+        with live.engine.whole():
+            end_epoch(run, live, result)
     run.saver.flush()
     live.engine.close()
     live.inputs.close()
@@ -206,7 +208,8 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
         passes(run, live, inputs.inputs(batch, mix), targets, inputs.encode)
     live.engine.step(factor)
     if live.average is not None:
-        live.average.update(live.network, step)
+        with live.engine.whole():
+            live.average.update(live.network, step)
 
 
 def seed_default_generators(generator: torch.Generator) -> None:

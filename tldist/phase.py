@@ -142,8 +142,8 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     if inputs.cached:
         flops = replace(flops, prefix=0.0)
     objective = Supervised(network, config.train.label_smoothing, l2_sp(run, network))
-    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
+    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     device = run.numbers.device
     clock, meter = ThroughputClock(device), TrainMeter(device)
     return LivePhase(index, phase, prefix, inputs, network, engine, clock, meter, flops, average, compile_s)

@@ -1,0 +1,314 @@
+"""ZeRO through DeepSpeed: each worker keeps a share of the optimizer, of the gradients, and of the weights.
+
+Rajbhandari et al. (2020): stage 1 shards the optimizer's state, stage 2 the gradients too, stage 3 the weights too.
+DeepSpeed is imported here alone, when the first engine is built. Its private names that this file uses are listed in
+docs/engines.md; tests/distributed/test_engines.py runs them all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from tldist import dist
+from tldist.config import OptimConfig
+from tldist.engine.base import HeldBytes, Numerics, stored_bytes
+from tldist.objectives.base import Objective, StepOutput, Targets
+from tldist.optim import OptimizerState, build_optimizer, parameter_groups, set_learning_rates
+from tldist.plan import Phase
+
+_WHOLE = -1
+"""Stands among the modules that use a parameter while `whole` holds it, so that no forward pass releases it."""
+
+
+class _Pass(nn.Module):
+    """The objective's forward under our autocast: DeepSpeed switches off one that it finds around its own."""
+
+    def __init__(self, objective: Objective, numerics: Numerics) -> None:
+        super().__init__()
+        self.objective = objective
+        self.numerics = numerics
+
+    def forward(self, features: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        with self.numerics.autocast():
+            output: StepOutput = self.objective(features, targets)
+        return output.loss, output.logits
+
+
+class ZeroEngine:
+    """One phase's objective in DeepSpeed, with the optimizer that the other engines use.
+
+    Weights that train stay fp32, and so does what is communicated, as under DDP. Clipping is DeepSpeed's, which scales
+    by max_norm / (norm + 1e-6) as torch does. A step waits for the device: DeepSpeed asks the norm whether it is finite.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        phase: Phase,
+        config: OptimConfig,
+        numerics: Numerics,
+        state: OptimizerState | None = None,
+        *,
+        stage: int = 1,
+        offload: bool = False,
+    ) -> None:
+        self.objective, self.config, self.numerics, self.stage = objective, config, numerics, stage
+        self.deepspeed = import_deepspeed(numerics.device)
+        self.made_group = join_group(numerics.device)
+        self.untouched = _Untouched(objective)
+        self.parameters = dict(objective.parameters_by_stage())
+        groups = split_by_step(parameter_groups(self.parameters.items(), phase, config), state or {})
+        self.names = [name for group in groups for name in group["names"]]
+        self.optimizer = build_optimizer(groups, config)
+        trained = sum(self.parameters[name].numel() for name in self.names)
+        self.engine: Any = self.deepspeed.initialize(
+            args=SimpleNamespace(device_rank=numerics.device.index or 0),
+            model=_Pass(objective, numerics),
+            optimizer=self.optimizer,
+            config=settings(stage, config, trained, offload),
+        )[0]
+        self.zero = self.engine.optimizer
+        self._load(state or {})
+
+    # What a step does
+
+    def forward_backward(
+        self, features: Tensor, targets: Targets, share: float = 1.0, reduce: bool = True
+    ) -> StepOutput:
+        """features: what the prefix returned; the loss is the mean over the pass's images."""
+        self.engine.set_gradient_accumulation_boundary(reduce)
+        if self.numerics.scaler.is_enabled():
+            one = torch.ones((), device=self.numerics.device)
+            self.zero.override_loss_scale(self.numerics.scaler.scale(one).item())
+        loss, logits = self.engine(features, targets)
+        self.engine.backward(loss if share == 1.0 else loss * share, scale_wrt_gas=False)
+        return StepOutput(loss.detach(), logits.detach())
+
+    def step(self, factor: float) -> Tensor:
+        """DeepSpeed leaves weights and moments alone where the norm, which all workers share, is not finite."""
+        set_learning_rates(self.optimizer, self.config.base_lr, factor)
+        self.engine.step()
+        skipped = torch.full((), float(self.zero.overflow), device=self.numerics.device)
+        if self.numerics.scaler.is_enabled():
+            _tell(self.numerics.scaler, skipped)
+        return skipped
+
+    # The optimizer's state
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        """Of the tensors that the optimizer keeps for each weight."""
+        if self.config.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum_buffer",) if self.config.momentum else ()
+
+    def _partitions(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """This worker's flat shares of the fp32 weights, as the optimizer steps them, and the group of each."""
+        groups = self.optimizer.param_groups
+        if self.stage < 3:
+            return list(zip(self.zero.single_partition_of_fp32_groups, groups, strict=True))
+        flats = self.zero.fp32_partitioned_groups_flat
+        return [(flat, groups[self.zero.sub_group_to_group_id[i]]) for i, flat in enumerate(flats)]
+
+    def _load(self, state: OptimizerState) -> None:
+        """DeepSpeed makes the state at the first step and links only the first group's: make and link all of it."""
+        for flat, group in self._partitions():
+            made = {key: torch.zeros_like(flat, requires_grad=False) for key in self._keys}
+            if self.config.name == "adamw":
+                made["step"] = torch.tensor(group["step_at_start"], device=flat.device)
+            self.optimizer.state[flat] = made
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+        for name in self.names:
+            for key in self._keys if name in state else ():
+                self._set(self.parameters[name], key, state[name][key])
+
+    def _set(self, parameter: Any, key: str, value: Tensor) -> None:
+        """One parameter's part of the state; each worker takes its share. Stage 3's own call knows no padding."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        value = value.to(parameter.device)
+        if self.stage < 3:
+            safe_set_full_optimizer_state(parameter, value, key)
+            return
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * dist.world_size())
+        padded[: value.numel()] = value.flatten()
+        safe_set_local_optimizer_state(parameter, padded[dist.rank() * size :][:size], key)
+
+    def optimizer_state(self) -> OptimizerState:
+        """Copies, gathered one parameter after the other."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = {}
+        for flat, group in self._partitions():
+            kept = self.optimizer.state[flat]
+            steps |= {name: {"step": kept["step"].clone()} if "step" in kept else {} for name in group["names"]}
+        return {
+            name: {**steps[name], **{k: safe_get_full_optimizer_state(self.parameters[name], k) for k in self._keys}}
+            for name in self.names
+        }
+
+    # The weights
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Stage 3 gathers the weights and keeps them until the end of the block."""
+        if self.stage < 3:
+            yield
+            return
+        held = list(self.parameters.values())
+        with self.deepspeed.zero.GatheredParameters(held):
+            for parameter in held:
+                parameter.ds_active_sub_modules.add(_WHOLE)  # type: ignore[attr-defined]
+            try:
+                yield
+            finally:
+                for parameter in held:
+                    parameter.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+
+    def held_bytes(self) -> HeldBytes:
+        """Between the last backward pass and the step."""
+        zero, parameters = self.zero, list(self.parameters.values())
+        flats = [flat for flat, _ in self._partitions()]
+        gradients = [p.grad for p in parameters] + list(_tensors(zero.averaged_gradients))
+        if self.stage < 3:
+            weights = [*parameters, *zero.bit16_groups_flat, *flats]
+            gradients += [bucket for each in zero.ipg_buckets.values() for bucket in each.buffer]
+        else:
+            weights = [*parameters, *(p.ds_tensor for p in parameters), *flats]  # type: ignore[attr-defined]
+            gradients.append(zero.grad_partitions_flat_buffer)
+        return HeldBytes(
+            stored_bytes(weights), stored_bytes(gradients), stored_bytes(_tensors(list(self.optimizer.state.values())))
+        )
+
+    def close(self) -> None:
+        """Give the module its whole, ordinary parameters back."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        with self.whole():
+            values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        self.untouched.restore(values)
+        del self.engine, self.zero, self.optimizer
+        if self.made_group:
+            td.destroy_process_group()
+
+
+def split_by_step(groups: list[dict[str, Any]], state: OptimizerState) -> list[dict[str, Any]]:
+    """Groups whose parameters took equally many steps: a flat share has one counter for Adam's bias correction."""
+    split: dict[tuple[int, float], dict[str, Any]] = {}
+    for i, group in enumerate(groups):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            step = float(state.get(name, {}).get("step", 0.0))
+            new = {**group, "params": [], "names": [], "step_at_start": step}
+            part = split.setdefault((i, step), new)
+            part["params"].append(parameter)
+            part["names"].append(name)
+    return list(split.values())
+
+
+def settings(stage: int, config: OptimConfig, trained: int, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for `trained` weights."""
+    sharding: dict[str, Any] = {"stage": stage, "reduce_bucket_size": trained, "allgather_bucket_size": 2 * trained}
+    if stage == 3:
+        # By default it keeps what comes back within 1e9 weights, which is every vision model's whole backward pass.
+        sharding |= {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 10_000}
+    if offload:
+        sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # counts samples for DeepSpeed's log, which is off
+        "gradient_clipping": config.clip_norm,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": sharding,
+    }
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, silent, and without the operator that it compiles at first use on CPUs (a minute, for one machine)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+_joined: list[Any] = []
+
+
+def join_group(device: torch.device) -> bool:
+    """Let DeepSpeed work in the process group that exists, and forget an earlier one; a lone worker makes its own.
+
+    Returns whether this call made the group.
+    """
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups
+
+    made = not td.is_initialized()
+    if made:
+        td.init_process_group("nccl" if device.type == "cuda" else "gloo", store=td.HashStore(), rank=0, world_size=1)
+    world = td.group.WORLD
+    if _joined != [world]:
+        groups._release_process_group_references()
+        comm.cdb = None
+        _joined[:] = [world]
+    return made
+
+
+class _Untouched:
+    """The module as DeepSpeed found it: its parameters' memory formats, and no attributes of DeepSpeed's."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.parameters = dict(objective.parameters_by_stage())
+        self.strides = {name: p.stride() for name, p in self.parameters.items()}
+        self.own = {owner: set(vars(owner)) for owner in (*objective.modules(), *self.parameters.values())}
+        for p in self.parameters.values():
+            # What flat shares can be made of; contiguous() would keep the strides of a 1x1 kernel.
+            p.data = torch.empty(p.shape, dtype=p.dtype, device=p.device).copy_(p.data)
+
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """Take DeepSpeed's attributes away, and give each parameter its value in storage of its own."""
+        for owner, own in self.own.items():
+            if isinstance(owner, nn.Module):
+                owner._parameters = dict(owner._parameters)
+            for name in set(vars(owner)) - own:
+                delattr(owner, name)
+        for name, parameter in self.parameters.items():
+            value = values[name]
+            parameter.data = torch.empty_strided(value.shape, self.strides[name], device=value.device).copy_(value)
+            parameter.grad = None
+
+
+def _tell(scaler: torch.amp.GradScaler, skipped: Tensor) -> None:
+    """Let torch's scaler learn from one number what it would find in all gradients."""
+    probe = nn.Parameter(torch.zeros_like(skipped))
+    probe.grad = torch.where(skipped > 0, torch.inf, 0.0)
+    scaler.unscale_(torch.optim.SGD([probe], lr=0.0))
+    scaler.update()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, (list, tuple)):
+        for part in tree:
+            yield from _tensors(part)

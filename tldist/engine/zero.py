@@ -46,8 +46,7 @@ class _Pass(nn.Module):
 class ZeroEngine:
     """One phase's objective in DeepSpeed, with the optimizer that the other engines use.
 
-    Weights that train stay fp32, and so does what is communicated, as under DDP. Clipping is DeepSpeed's, which scales
-    by max_norm / (norm + 1e-6) as torch does. A step waits for the device: DeepSpeed asks the norm whether it is finite.
+    Weights that train stay fp32, and so does what is communicated, as under DDP.
     """
 
     def __init__(
@@ -66,15 +65,15 @@ class ZeroEngine:
         self.made_group = join_group(numerics.device)
         self.untouched = _Untouched(objective)
         self.parameters = dict(objective.parameters_by_stage())
-        groups = split_by_step(parameter_groups(self.parameters.items(), phase, config), state or {})
+        groups = regroup(parameter_groups(self.parameters.items(), phase, config), state or {})
         self.names = [name for group in groups for name in group["names"]]
         self.optimizer = build_optimizer(groups, config)
-        trained = sum(self.parameters[name].numel() for name in self.names)
+        self.clips = stage < 3 and not offload
         self.engine: Any = self.deepspeed.initialize(
             args=SimpleNamespace(device_rank=numerics.device.index or 0),
             model=_Pass(objective, numerics),
             optimizer=self.optimizer,
-            config=settings(stage, config, trained, offload),
+            config=settings(stage, 0.0 if self.clips else config.clip_norm, not self.clips, offload),
         )[0]
         self.zero = self.engine.optimizer
         self._load(state or {})
@@ -86,20 +85,47 @@ class ZeroEngine:
     ) -> StepOutput:
         """features: what the prefix returned; the loss is the mean over the pass's images."""
         self.engine.set_gradient_accumulation_boundary(reduce)
-        if self.numerics.scaler.is_enabled():
-            one = torch.ones((), device=self.numerics.device)
-            self.zero.override_loss_scale(self.numerics.scaler.scale(one).item())
+        if self._scale_is_deepspeeds:
+            self.zero.override_loss_scale(self._scale().item())
         loss, logits = self.engine(features, targets)
-        self.engine.backward(loss if share == 1.0 else loss * share, scale_wrt_gas=False)
+        scaled = loss if share == 1.0 else loss * share
+        scaled = scaled if self._scale_is_deepspeeds else self.numerics.scaler.scale(scaled)
+        self.engine.backward(scaled, scale_wrt_gas=False)
         return StepOutput(loss.detach(), logits.detach())
 
+    @property
+    def _scale_is_deepspeeds(self) -> bool:
+        return self.numerics.scaler.is_enabled() and not self.clips
+
+    def _scale(self) -> Tensor:
+        return self.numerics.scaler.scale(torch.ones((), device=self.numerics.device))
+
     def step(self, factor: float) -> Tensor:
-        """DeepSpeed leaves weights and moments alone where the norm, which all workers share, is not finite."""
+        """Stages 1 and 2 clip, and leave a step out, in the fused optimizer, as SingleEngine does: no host sync.
+
+        Stage 3 and offloading leave both to DeepSpeed, which asks the device whether the norm is finite. The norm is
+        that of all shares, so all workers decide alike.
+        """
         set_learning_rates(self.optimizer, self.config.base_lr, factor)
-        self.engine.step()
-        skipped = torch.full((), float(self.zero.overflow), device=self.numerics.device)
+        if self.clips:
+            skipped = self._prepare()
+            self.engine.step()
+        else:
+            self.engine.step()
+            skipped = torch.full((), float(self.zero.overflow), device=self.numerics.device)
         if self.numerics.scaler.is_enabled():
             _tell(self.numerics.scaler, skipped)
+        return skipped
+
+    def _prepare(self) -> Tensor:
+        """Tell the fused optimizer what to divide the gradients by, and whether to leave the step out."""
+        shares = list(_tensors(self.zero.averaged_gradients))
+        norm = dist.all_sum(nn.utils.get_total_norm(shares).square()).sqrt()
+        skipped = 1.0 - torch.isfinite(norm).float()
+        divisor = self._scale()
+        if self.config.clip_norm:
+            divisor = divisor * ((norm / divisor + 1e-6) / self.config.clip_norm).clamp(min=1.0)
+        self.optimizer.grad_scale, self.optimizer.found_inf = divisor, skipped  # type: ignore[attr-defined]
         return skipped
 
     # The optimizer's state
@@ -121,6 +147,12 @@ class ZeroEngine:
 
     def _load(self, state: OptimizerState) -> None:
         """DeepSpeed makes the state at the first step and links only the first group's: make and link all of it."""
+        if self.stage < 3 and not self.zero.cpu_offload:
+            # Weights are fp32 already: the share that is stepped need not be a copy of them.
+            for flat, shares in zip(
+                self.zero.single_partition_of_fp32_groups, self.zero.parallel_partitioned_bit16_groups, strict=True
+            ):
+                flat.data = shares[dist.rank()].data
         for flat, group in self._partitions():
             made = {key: torch.zeros_like(flat, requires_grad=False) for key in self._keys}
             if self.config.name == "adamw":
@@ -206,22 +238,38 @@ class ZeroEngine:
             td.destroy_process_group()
 
 
-def split_by_step(groups: list[dict[str, Any]], state: OptimizerState) -> list[dict[str, Any]]:
-    """Groups whose parameters took equally many steps: a flat share has one counter for Adam's bias correction."""
-    split: dict[tuple[int, float], dict[str, Any]] = {}
-    for i, group in enumerate(groups):
+def regroup(groups: list[dict[str, Any]], state: OptimizerState) -> list[dict[str, Any]]:
+    """The same parameters in few groups of one rate, decay and count of steps, of up to BUCKET weights.
+
+    A group becomes one flat tensor, with one collective to gather it and one counter for Adam's bias correction.
+    """
+    open_, made = {}, []
+    for group in groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             step = float(state.get(name, {}).get("step", 0.0))
-            new = {**group, "params": [], "names": [], "step_at_start": step}
-            part = split.setdefault((i, step), new)
-            part["params"].append(parameter)
-            part["names"].append(name)
-    return list(split.values())
+            own = {"multiple": group["multiple"], "weight_decay": group["weight_decay"], "step_at_start": step}
+            key = tuple(own.values())
+            if key not in open_ or sum(p.numel() for p in open_[key]["params"]) + parameter.numel() > BUCKET:
+                open_[key] = {"params": [], "names": [], **own}
+                made.append(open_[key])
+            open_[key]["params"].append(parameter)
+            open_[key]["names"].append(name)
+    return made
 
 
-def settings(stage: int, config: OptimConfig, trained: int, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for `trained` weights."""
-    sharding: dict[str, Any] = {"stage": stage, "reduce_bucket_size": trained, "allgather_bucket_size": 2 * trained}
+BUCKET = 2**23
+"""Weights that are reduced, and gathered, by one collective. Gathering 25 million at once took gloo twice as long."""
+
+
+def settings(stage: int, clip_norm: float, compute_norm: bool, offload: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    sharding: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET,
+        # DeepSpeed scatters by an all-reduce of copies of the shares; without, it reduces the bucket in place.
+        "reduce_scatter": stage == 3,
+        "compute_grad_norm": compute_norm,
+    }
     if stage == 3:
         # By default it keeps what comes back within 1e9 weights, which is every vision model's whole backward pass.
         sharding |= {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 10_000}
@@ -229,7 +277,7 @@ def settings(stage: int, config: OptimConfig, trained: int, offload: bool) -> di
         sharding["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": 1,  # counts samples for DeepSpeed's log, which is off
-        "gradient_clipping": config.clip_norm,
+        "gradient_clipping": clip_norm,
         "steps_per_print": None,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -224,8 +224,8 @@ class EngineConfig(Section):
     kind: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
     """auto: ddp with more than one worker, else single. DeepSpeed's ZeRO keeps a share on each worker: zero1 of the
     optimizer's state, zero2 of the gradients too, zero3 of the weights too."""
-    offload: bool = False
-    """zero1, zero2, zero3 on GPUs: keep the optimizer's share, and step it, in the host's memory."""
+    offload: Literal["none", "optimizer"] = "none"
+    """zero1, zero2, zero3 on GPUs; optimizer: keep the optimizer's share, and step it, in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -332,8 +332,9 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             f"--engine.kind single runs one worker, not {workers}: use ddp or --launch.workers 1",
         ),
         (
-            c.engine.offload and not c.engine.kind.startswith("zero"),
-            f"--engine.offload is DeepSpeed's, and --engine.kind is {c.engine.kind}: use zero1, zero2 or zero3 with it",
+            c.engine.offload != "none" and not c.engine.kind.startswith("zero"),
+            f"--engine.offload {c.engine.offload} is DeepSpeed's, and --engine.kind is {c.engine.kind}: "
+            "use zero1, zero2 or zero3 with it",
         ),
         (
             c.launch.kind == "local" and workers > 1,

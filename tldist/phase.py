@@ -169,7 +169,7 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     mode, device = run.config.train.compile, run.numbers.device
     if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
         return 0.0
-    if device.type == "cuda":
+    if device.type == "cuda" and run.config.engine.kind != "zero3":  # whose hooks gather weights between layers
         network.compile(dynamic=False)
     if prefix.is_empty:
         return 0.0

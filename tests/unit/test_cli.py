@@ -59,6 +59,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "folder", "--data.batch-size", "7", "--launch.workers", "2"], "use a multiple of 2"),
         (["train", "folder", "--engine.kind", "single", "--launch.workers", "2"], "single runs one worker"),
         (["train", "folder", "--launch.kind", "local", "--launch.workers", "2"], "local runs one worker"),
+        (["train", "folder", "--engine.offload", "optimizer"], "use zero1, zero2 or zero3 with it"),
         (["train", "--config", "/no/such.yaml"], "cannot read the config file"),
         (["plan", "folder", "--strategy.name", "partial", "--strategy.trainable-stages", "9"], "has 6 stages"),
         (["train", "folder", "extra"], "'extra' is no flag"),

@@ -76,6 +76,10 @@ class ZeroEngine:
             config=settings(stage, 0.0 if self.clips else config.clip_norm, not self.clips, offload),
         )[0]
         self.zero = self.engine.optimizer
+        if stage == 3:
+            for module in objective.modules():
+                for parameter in getattr(module, "reads", ()):
+                    self.deepspeed.zero.register_external_parameter(module, parameter)
         if not offload:
             self._step_in_place()
         self._load(state or {})
@@ -187,14 +191,16 @@ class ZeroEngine:
         """Copies, gathered one parameter after the other."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        steps = {}
+        found: OptimizerState = {}
         for flat, group in self._partitions():
-            kept = self.optimizer.state[flat]
-            steps |= {name: {"step": kept["step"].clone()} if "step" in kept else {} for name in group["names"]}
-        return {
-            name: {**steps[name], **{k: safe_get_full_optimizer_state(self.parameters[name], k) for k in self._keys}}
-            for name in self.names
-        }
+            step = self.optimizer.state[flat].get("step")
+            for name in group["names"]:
+                found[name] = {} if step is None else {"step": step.clone()}
+                for key in self._keys:
+                    tensor = safe_get_full_optimizer_state(self.parameters[name], key)
+                    assert tensor is not None, f"DeepSpeed has no {key} of '{name}'"
+                    found[name][key] = tensor
+        return found
 
     # The weights
 
@@ -341,7 +347,8 @@ def join_group(device: torch.device) -> bool:
 
     made = not td.is_initialized()
     if made:
-        td.init_process_group("nccl" if device.type == "cuda" else "gloo", store=td.HashStore(), rank=0, world_size=1)
+        store = td.HashStore()  # type: ignore[attr-defined]
+        td.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
     world = td.group.WORLD
     if _joined != [world]:
         groups._release_process_group_references()

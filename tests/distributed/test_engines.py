@@ -5,6 +5,7 @@ Each engine's runs share one pair of ranks: starting ranks and importing DeepSpe
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ def source(folder: Path) -> Path:
 def _runs(configs_json: list[str]) -> list[dict[str, Any]]:
     """One run after the other in the same process group, without reports."""
     dist.init(CPU)
+    gc.freeze()  # DeepSpeed collects garbage at each ZeRO-3 start: a second a time over all that is imported
     worker.write_report = lambda *_: None  # type: ignore[assignment]
     summaries = [worker.run(text) for text in configs_json]
     dist.close()

@@ -168,9 +168,7 @@ def rows(measured: Measured, held: dict[str, HeldBytes]) -> list[dict[str, Any]]
 def print_table(settings: Settings, found: list[dict[str, Any]]) -> None:
     """To stdout."""
     s = settings
-    title = (
-        f"{s.model}, {s.image_size} px, {s.batch_size} images on each of {s.workers} workers, {s.precision}; sizes: MiB"
-    )
+    title = f"{s.model}, {s.image_size} px, {s.batch_size} images on each of {s.workers} workers, {s.precision}; MiB"
     table = Table(title=title, box=box.SIMPLE)
     names = (
         "engine",

@@ -236,8 +236,11 @@ class CheckpointConfig(Section):
 class EngineConfig(Section):
     """How the live suffix is replicated and stepped."""
 
-    kind: Literal["auto", "single", "ddp"] = "auto"
-    """auto: ddp with more than one worker, else single."""
+    kind: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3"] = "auto"
+    """auto: ddp with more than one worker, else single. DeepSpeed's ZeRO keeps a share on each worker: zero1 of the
+    optimizer's state, zero2 of the gradients too, zero3 of the weights too."""
+    offload: Literal["none", "optimizer"] = "none"
+    """zero1, zero2, zero3 on GPUs; optimizer: keep the optimizer's share, and step it, in the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -374,6 +377,11 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         (
             c.engine.kind == "single" and workers > 1,
             f"--engine.kind single runs one worker, not {workers}: use ddp or --launch.workers 1",
+        ),
+        (
+            c.engine.offload != "none" and not c.engine.kind.startswith("zero"),
+            f"--engine.offload {c.engine.offload} is DeepSpeed's, and --engine.kind is {c.engine.kind}: "
+            "use zero1, zero2 or zero3 with it",
         ),
         (
             c.launch.kind == "local" and workers > 1,

@@ -149,12 +149,14 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     run.watchdog.beat("preparing the phase", state.step)
     live = begin_phase(run, index, state, resumed)
     run.watchdog.beat("comparing the replicas")
-    announce_phase(run, live, state)
+    with live.engine.whole():
+        announce_phase(run, live, state)
     if resumed and result.phases and result.phases[-1].index == index:
         live.clock.phase = result.phases.pop().window  # what an earlier process measured of it
     while not is_phase_over(run, live.phase, state):
         train_epoch(run, live, result)
-        end_epoch(run, live, result)
+        with live.engine.whole():
+            end_epoch(run, live, result)
     run.watchdog.beat("writing the phase's last checkpoint")
     run.saver.flush()
     tell_news(run)
@@ -247,7 +249,8 @@ def obey(run: Run, live: LivePhase, result: FitResult, is_last: bool) -> None:
     if orders.stop or (due and not is_last):  # an epoch's end is saved anyway
         run.watchdog.beat("saving")
         live.clock.stop()
-        save_checkpoint(run, live, result, ("last",))
+        with live.engine.whole():
+            save_checkpoint(run, live, result, ("last",))
         live.clock.start()
     if orders.stop:
         stop(run, state)
@@ -304,7 +307,8 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
     if kept is not None:
         put_back(live.moving, kept, skipped)
     if live.average is not None:
-        live.average.update(live.network, step)
+        with live.engine.whole():
+            live.average.update(live.network, step)
 
 
 def seed_default_generators(generator: torch.Generator) -> None:
@@ -416,7 +420,10 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
 def save_checkpoint(
     run: Run, live: LivePhase, result: FitResult, names: Sequence[str], evaluation: Evaluation | None = None
 ) -> None:
-    """Where the run stands, under `names`; with the predictions of its evaluation, where there are any. Collective."""
+    """Where the run stands, under `names`; with the predictions of its evaluation, where there are any.
+
+    Collective, inside `engine.whole()`.
+    """
     state, done = result.state, position(run, result.state)
     state.seconds = round(time.perf_counter() - result.started, 2)
     state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
@@ -424,13 +431,12 @@ def save_checkpoint(
     state.average = {} if live.average is None else live.average.state()
     state.workers = live.own() if done else {}
     run.control.saved()
-    with live.engine.whole():
-        if dist.is_main():
-            contents = snapshot_of(run, live, result, checkpoint.folder_name(state.epoch, done))
-            if evaluation is not None:
-                shown = predictions(evaluation, run.index.val, run.index.classes)
-                contents.texts["predictions.json"] = json.dumps(shown)
-            run.saver.save(names, contents)
+    if dist.is_main():
+        contents = snapshot_of(run, live, result, checkpoint.folder_name(state.epoch, done))
+        if evaluation is not None:
+            shown = predictions(evaluation, run.index.val, run.index.classes)
+            contents.texts["predictions.json"] = json.dumps(shown)
+        run.saver.save(names, contents)
     state.workers = {}
 
 

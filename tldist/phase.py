@@ -173,8 +173,8 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     if inputs.cached:
         flops = replace(flops, prefix=0.0)
     objective = Supervised(network, config.train.label_smoothing, l2_sp(run, network))
-    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
+    engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     device = run.numbers.device
     clock, meter = ThroughputClock(device), TrainMeter(device)
     return LivePhase(index, phase, prefix, inputs, network, engine, clock, meter, flops, average, compile_s)
@@ -200,7 +200,7 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     mode, device = run.config.train.compile, run.numbers.device
     if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
         return 0.0
-    if device.type == "cuda":
+    if device.type == "cuda" and run.config.engine.kind != "zero3":  # whose hooks gather weights between layers
         network.compile(dynamic=False)
     if prefix.is_empty:
         return 0.0

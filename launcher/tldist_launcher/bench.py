@@ -38,4 +38,14 @@ def _kernels(words: Sequence[str]) -> int:
     return 0
 
 
-BENCHES: dict[str, Callable[[Sequence[str]], int]] = {"strategies": _strategies, "kernels": _kernels}
+def _engines(words: Sequence[str]) -> int:
+    from tldist_benchmarks import engines
+
+    return engines.bench(words)
+
+
+BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
+    "strategies": _strategies,
+    "kernels": _kernels,
+    "engines": _engines,
+}

@@ -134,6 +134,7 @@ def preflight(settings: RunConfig) -> Index:
     settings.validate()
     _check_machine(settings)
     _check_ray(settings)
+    _check_deepspeed(settings)
     loader_kind(settings.data)
     plan = worker.plan_of(settings)
     index = worker.data_index(settings)
@@ -147,11 +148,19 @@ def _check_ray(settings: RunConfig) -> None:
         raise UserError("Ray is not installed: pip install 'ray[train]', or use --launch.workers 1 --launch.kind local")
 
 
+def _check_deepspeed(settings: RunConfig) -> None:
+    kind = settings.engine.kind
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(f"--engine.kind {kind} needs DeepSpeed, and it is not installed: pip install deepspeed")
+
+
 def _check_machine(settings: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # the cluster's machines decide, see tldist_launcher.ray and the workers
     gpus, cores = torch.cuda.device_count(), dist.cores()
     numerics(settings.train.precision, torch.device("cuda" if gpus else "cpu"))
+    if settings.engine.offload != "none" and not gpus:
+        raise UserError("--engine.offload moves the optimizer from the GPU to the host, and there is no GPU: drop it")
     places, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if settings.launch.least > places:
         raise UserError(

@@ -64,6 +64,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "folder", "--data.batch-size", "30", "--launch.workers", "2:4"], "use a multiple of 4"),
         (["train", "folder", "--checkpoint.keep", "0"], "--checkpoint.keep is 0: give a value above 0"),
         (["train", "folder", "--launch.kind", "local", "--launch.workers", "2"], "local runs one worker"),
+        (["train", "folder", "--engine.offload", "optimizer"], "use zero1, zero2 or zero3 with it"),
         (["train", "--config", "/no/such.yaml"], "cannot read the config file"),
         (["plan", "folder", "--strategy.name", "partial", "--strategy.trainable-stages", "9"], "has 6 stages"),
         (["train", "folder", "extra"], "'extra' is no flag"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tldist import dist
-from tldist.config import EngineConfig, OptimConfig
+from tldist.config import EngineConfig, OptimConfig, UserError
 from tldist.engine.base import Engine, Numerics, numerics
 from tldist.engine.ddp import DDPEngine
 from tldist.engine.single import SingleEngine
@@ -11,7 +13,8 @@ from tldist.objectives.base import Objective
 from tldist.optim import OptimizerState
 from tldist.plan import Phase
 
-ENGINES = {"single": SingleEngine, "ddp": DDPEngine}
+ENGINES: dict[str, Callable[..., Engine]] = {"single": SingleEngine, "ddp": DDPEngine}
+ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
 __all__ = ["ENGINES", "Engine", "Numerics", "build_engine", "engine_kind", "numerics"]
 
@@ -32,4 +35,14 @@ def build_engine(
     state: OptimizerState,
 ) -> Engine:
     """The configured engine around one phase's objective, with the optimizer's `state` so far."""
-    return ENGINES[engine_kind(config, dist.world_size())](objective, phase, optim, numbers, state)
+    kind = engine_kind(config, dist.world_size())
+    if kind in ENGINES:
+        return ENGINES[kind](objective, phase, optim, numbers, state)
+    offload = config.offload == "optimizer"
+    if offload and numbers.device.type == "cpu":
+        raise UserError("--engine.offload moves the optimizer from the GPU to the host, and there is no GPU: drop it")
+    from tldist.engine.zero import ZeroEngine  # imports DeepSpeed when it is built
+
+    return ZeroEngine(
+        objective, phase, optim, numbers, state, stage=ZERO_STAGES[kind], offload=config.offload != "none"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -39,6 +40,21 @@ def numerics(precision: Precision, device: torch.device) -> Numerics:
     return Numerics(DTYPES[precision], device, scaler)
 
 
+@dataclass(frozen=True)
+class HeldBytes:
+    """What this worker stores for what trains, counted where it is most: after the last backward pass of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+
+def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
 class Engine(Protocol):
     """Replicates and steps one phase's live suffix. A phase boundary closes it and builds the next.
 
@@ -70,6 +86,10 @@ class Engine(Protocol):
 
     def whole(self) -> AbstractContextManager[object]:
         """Around code that reads the weights: inside, each worker holds all of them. Collective."""
+        ...
+
+    def held_bytes(self) -> HeldBytes:
+        """What this worker stores, counted from its tensors; to be asked between a backward pass and its step."""
         ...
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tldist.config import OptimConfig
-from tldist.engine.base import Numerics
+from tldist.engine.base import HeldBytes, Numerics, stored_bytes
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist.optim import (
     OptimizerState,
@@ -88,6 +88,12 @@ class SingleEngine:
     def whole(self) -> AbstractContextManager[object]:
         """They always are."""
         return nullcontext()
+
+    def held_bytes(self) -> HeldBytes:
+        """All of it."""
+        parameters = list(self.objective.parameters())
+        state = [t for tensors in self.optimizer.state.values() for t in tensors.values() if isinstance(t, Tensor)]
+        return HeldBytes(stored_bytes(parameters), stored_bytes(p.grad for p in parameters), stored_bytes(state))
 
     def close(self) -> None:
         """Drop gradients, so that parameters that freeze again keep none."""

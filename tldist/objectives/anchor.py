@@ -25,6 +25,11 @@ class AnchorPenalty(nn.Module):
         self._parameters_of_network = [tuple(parameters.values())]
         self._anchors = [tuple(anchors[name] for name in parameters)]
 
+    @property
+    def reads(self) -> tuple[nn.Parameter, ...]:
+        """Parameters of other modules that forward reads: where weights are sharded, they are gathered for it."""
+        return self._parameters_of_network[0]
+
     def forward(self) -> Tensor:
         parameters, anchors = self._parameters_of_network[0], self._anchors[0]
         return _Quadratic.apply(self.strength, anchors, *parameters)  # type: ignore[return-value]

@@ -50,6 +50,15 @@ def init(device: torch.device, hang_minutes: float = 0.0) -> bool:
     return True
 
 
+def join_alone(device: torch.device) -> bool:
+    """A process group of one, for an engine that wants one, where there is none. Returns whether this call made it."""
+    if is_initialized():
+        return False
+    backend, store = "nccl" if device.type == "cuda" else "gloo", td.HashStore()  # type: ignore[attr-defined]
+    td.init_process_group(backend, store=store, rank=0, world_size=1)
+    return True
+
+
 def close() -> None:
     """Leave the process group."""
     if is_initialized():

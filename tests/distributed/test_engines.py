@@ -6,6 +6,7 @@ Each engine's runs share one pair of ranks: starting ranks and importing DeepSpe
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import subprocess
 import sys
@@ -19,9 +20,10 @@ import safetensors.torch
 import torch
 from conftest import run_ranks
 
-from tldist import backbones, checkpoint, config, dist, worker
+from tldist import backbones, checkpoint, config, dist, fit, worker
 from tldist.config import (
     STRATEGIES,
+    CheckpointConfig,
     DataConfig,
     EngineConfig,
     ModelConfig,
@@ -184,6 +186,56 @@ def assert_equal(run: Ended, expected: Ended, case: str) -> None:
             assert own[name][key].shape == value.shape
             off = (own[name][key] - value).abs().max() / value.abs().max().clamp(min=1e-12)
             assert off <= (0.0 if key == "step" else 0.05), (case, name, key, off)
+
+
+CHANGES = [(("zero3", 2), ("ddp", 1)), (("ddp", 1), ("zero3", 2)), (("zero2", 2), ("single", 1))]
+
+
+def _broken(config_json: str) -> list[str]:
+    """Dies inside the second epoch, in the second phase."""
+    real = fit.train_step
+
+    def dying(run: Any, live: Any, step: int, *rest: Any) -> None:
+        if step == 3:
+            raise RuntimeError("power cut")
+        real(run, live, step, *rest)
+
+    dist.init(CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "train_step", dying)
+        with pytest.raises(RuntimeError, match="power cut"):
+            worker.run(config_json)
+    dist.close()
+    return ["power cut"]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES, ids=str)
+def test_another_engine_on_other_workers_goes_on(
+    photos: Path, tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    """Stopped inside an epoch: the next batches' losses, and the weights of the end, within 1e-5."""
+
+    def made(name: str, kind: str) -> RunConfig:
+        base = settings(photos, tmp_path / name, kind, "gradual_adamw")
+        log = replace(base.tracking, log_every=1)
+        return replace(base, tracking=log, checkpoint=CheckpointConfig(steps=1))
+
+    whole, first, second = made("whole", "single"), made("run", before[0]), made("run", after[0])
+    for name in ("whole", "run"):
+        (tmp_path / name).mkdir()
+    run_ranks(_runs, 1, [config.to_json(whole)])
+    run_ranks(_broken, before[1], config.to_json(first))
+    summary = run_ranks(_runs, after[1], [config.to_json(second)])[0][0]
+    assert (summary["engine"], summary["resumed_from"]) == (after[0], "epoch-0001-step-000001")
+    expected, ours = losses(whole), losses(second)
+    assert sorted(ours) == list(range(1, 7))
+    assert [ours[step] for step in (4, 5, 6)] == pytest.approx([expected[step] for step in (4, 5, 6)], abs=1e-5)
+    assert_equal(Ended(summary, tmp_path / "run"), Ended(summary, tmp_path / "whole"), "changed")
+
+
+def losses(made: RunConfig) -> dict[int, float]:
+    rows = map(json.loads, (Path(made.run_dir) / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows if row["event"] == "train"}
 
 
 def test_frozen_parameters_in_the_suffix_keep_their_bits_and_have_no_state(alone: dict[str, Ended]) -> None:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tldist import dist
 from tldist.engine.single import SingleEngine
 from tldist.objectives.base import Objective
 
@@ -22,6 +23,7 @@ class DDPEngine(SingleEngine):
 
     def wrap(self, objective: Objective) -> nn.Module:
         """The objective under DDP; every parameter in it takes part in every step, so none is looked for."""
+        self.made_group = dist.join_alone(self.numerics.device)
         with warnings.catch_warnings():
             # torch 2.15 prefers forward_sync_buffers, which 2.11 does not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
@@ -36,3 +38,5 @@ class DDPEngine(SingleEngine):
         """Drop the reducer and its hooks with the wrapper."""
         super().close()
         self.module = self.objective
+        if self.made_group:
+            dist.close()

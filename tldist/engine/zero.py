@@ -246,7 +246,7 @@ class ZeroEngine:
         self.untouched.restore(values)
         del self.engine, self.zero, self.optimizer
         if self.made_group:
-            td.destroy_process_group()
+            dist.close()
 
 
 def regroup(groups: list[dict[str, Any]], state: OptimizerState) -> list[dict[str, Any]]:
@@ -352,10 +352,7 @@ def join_group(device: torch.device) -> bool:
     from deepspeed.comm import comm
     from deepspeed.utils import groups
 
-    made = not td.is_initialized()
-    if made:
-        store = td.HashStore()  # type: ignore[attr-defined]
-        td.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    made = dist.join_alone(device)
     world = td.group.WORLD
     if _joined != [world]:
         groups._release_process_group_references()

@@ -76,6 +76,8 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     try:
         with stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
+    except SystemExit:  # Ray's own answer to SIGTERM, which it gives for seconds while it starts and ends
+        control.ask_to_stop(run_dir, signal.SIGTERM.name)
     except UserError:
         if not (run_dir / "checkpoints").exists():
             _undo(run_dir)  # nothing was done in it, and the corrected command may name it again

@@ -83,6 +83,8 @@ def resume(run: Run) -> FitResult:
     if last is None:
         return FitResult()
     state, told = checkpoint.read_state(last)
+    if not (run.saver.folder / "best").exists():  # damaged, or not kept: the next epoch is the best that there is
+        state.best_val_top1 = -1.0
     run.model.load_torchvision_state(checkpoint.read_live(last))
     if run.config.train.ema:
         ours = {theirs: name for name, theirs in run.model.torchvision_names.items()}

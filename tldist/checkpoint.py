@@ -207,6 +207,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         if reason is None:
             if (folder / "last").resolve() != found.resolve():
                 point(folder, ["last"], found.name)
+            _name_the_best(folder, found)
             return found, said
         said.append(f"the checkpoint {found.name} is damaged: {reason}")
         aside = folder / f"damaged-{found.name}"
@@ -217,6 +218,13 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             f"no checkpoint in {folder} is whole, {'; '.join(said) or 'see damaged-*'}: start a new run"
         )
     return None, []
+
+
+def _name_the_best(folder: Path, found: Path) -> None:
+    """The process may have been killed between a checkpoint's writing and its naming."""
+    name = folder_name(json.loads((found / "state.json").read_text())["best_epoch"])
+    if (folder / name).is_dir() and (folder / "best").resolve().name != name:
+        point(folder, ["best"], name)
 
 
 class DamagedCheckpoint(UserError):  # noqa: N818 - it states a fact of the disk

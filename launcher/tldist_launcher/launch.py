@@ -8,6 +8,7 @@ import fcntl
 import importlib.util
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -82,6 +83,8 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     try:
         with control.stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
+    except SystemExit:  # Ray's own answer to SIGTERM, which it gives for seconds while it starts and ends
+        control.ask_to_stop(run_dir, signal.SIGTERM.name)
     except (UserError, Stopped, TrainingFailed):
         raise
     except Exception as error:

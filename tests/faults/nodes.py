@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,12 +45,13 @@ class Node:
         self.address = head or f"127.0.0.1:{free_port()}"
         words = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--num-cpus={cpus}"]
         words += ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000"]
+        # Ray's sockets live in its temp dir, the head's for all, and a socket's path may have 107 characters only.
+        self.folder = "" if head else tempfile.mkdtemp(prefix="ray")
         if head:
             words += [f"--address={head}"]
         else:
-            # Ray's sockets live in its temp dir, and a socket's path may have 107 characters only.
             words += ["--head", f"--port={self.address.split(':')[1]}", "--include-dashboard=false"]
-            words += [f"--temp-dir={tempfile.mkdtemp(prefix='ray')}"]
+            words += [f"--temp-dir={self.folder}"]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen(words, env={**environment, name: value}, start_new_session=True, **quiet)
         if not head:
@@ -67,11 +69,9 @@ class Node:
             time.sleep(0.05)
 
     def close(self) -> None:
-        """Its regular end, or a hard one where that takes too long."""
-        self._process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(20)
+        """Its end, and its sockets' and logs'."""
         self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -111,7 +111,8 @@ def works_for_a_run(pid: int) -> bool:
     return title.startswith("ray::") and not title.startswith(tuple(f"ray::{name}" for name in _LIVE_ON))
 
 
-_LIVE_ON = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinatorActor")
+# The cleaner of a driver that was killed is Ray's own, takes no CPU, and asks for minutes whether its run is gone.
+_LIVE_ON = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Each fault once, in a run of four epochs; `make faults` tries them more often, and a lost node with them."""
+"""The faults, once each, in a run of four epochs. `make faults` tries them more often, and loses a node."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def undisturbed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield made
 
 
-@pytest.mark.parametrize("name", FAULTS)
+# A flipped bit takes the way of a file cut short from its digest on; tests/unit/test_checkpoint.py flips many.
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "a bit flipped"])
 def test_a_fault_costs_a_few_steps_and_no_bit(undisturbed: tuple[Bench, Run], name: str) -> None:
     trial = try_fault(*undisturbed, name, seed="once", number=0)
     if trial.skipped:

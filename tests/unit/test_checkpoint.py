@@ -148,6 +148,17 @@ class TestDamage:
         assert told.stdout.count("OK") == 3
 
 
+def test_the_best_gets_its_name_back(tmp_path: Path) -> None:
+    """Killed when the checkpoint of a new best epoch was written and not yet named."""
+    save(tmp_path, 1, ("last", "best"), keep=2)
+    contents = checkpoint.snapshot("epoch-0002", {}, None, TrainState(epoch=2, best_epoch=2), {})
+    checkpoint.save(tmp_path, (), contents, keep=2)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "epoch-0002", [])
+    assert {name: (tmp_path / name).resolve().name for name in ("last", "best")} == dict.fromkeys(
+        ("last", "best"), "epoch-0002"
+    )
+
+
 @pytest.mark.parametrize("call", ["safetensors.torch.save_file", "os.fsync", "pathlib.Path.symlink_to"])
 def test_a_save_that_dies_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     save(tmp_path, 1, ("last", "best"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
+from tldist.evaluate import Evaluation
 from tldist_launcher.arguments import parse_resume
 from tldist_launcher.launch import only_one, resume
 
@@ -182,18 +184,47 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(photos: Path, 
     same(whole, broken)
 
 
-def test_a_lost_best_is_told_at_once_and_the_run_ends(photos: Path, tmp_path: Path, source: str) -> None:
+def test_a_lost_best_is_told_at_once_and_the_run_ends(
+    photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not at the end of training, when it would be needed."""
+    top1 = [0.9]
+    monkeypatch.setattr(Evaluation, "top1", property(lambda _: top1[0]))
     made = settings(photos, tmp_path / "run", source, {"train": TrainConfig(epochs=2, precision="fp32")})
     worker.run(config.to_json(made))
     folder = Path(made.run_dir) / "checkpoints"
     longer = replace(made, train=replace(made.train, epochs=3), checkpoint=CheckpointConfig(keep=9))
     (folder / "best" / "model.safetensors").write_bytes(b"")
-    if (folder / "best").resolve() == (folder / "last").resolve():  # then the first epoch's is gone as well
-        pytest.skip("the last epoch was the best")
+    (Path(made.run_dir) / "summary.json").unlink()
+    top1[:] = [0.5]
     summary = worker.run(config.to_json(longer))
     assert summary["best_epoch"] == 3
     assert any("takes its place" in row["text"] for row in rows(made, "notice"))
+
+
+def test_a_best_epoch_that_is_gone_is_followed_by_another(
+    photos: Path, tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint was the newest, was damaged, and had taken the name of the one before."""
+    case = {**CASES["on a plateau"], "train": TrainConfig(epochs=2, precision="fp32")}
+    made, real, top1 = settings(photos, tmp_path / "run", source, case), fit.train_step, [0.9]
+    made = replace(made, checkpoint=CheckpointConfig(steps=2))
+    monkeypatch.setattr(Evaluation, "top1", property(lambda _: top1[0]))
+
+    def interrupted(run: Any, live: Any, step: int, *rest: Any) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+        real(run, live, step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit, "train_step", interrupted)
+        worker.run(config.to_json(made))
+    folder = Path(made.run_dir) / "checkpoints"
+    shutil.rmtree(folder / "epoch-0001")
+    top1[:] = [0.5]
+    summary = worker.run(config.to_json(made))
+    assert (summary["best_epoch"], summary["best_val_top1"]) == (2, 0.5)
+    assert (folder / "best").resolve().name == "epoch-0002"
 
 
 class TestNotFinite:

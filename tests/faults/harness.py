@@ -26,7 +26,7 @@ from faults import FAULTS, Trial, try_fault
 from nodes import cluster, environment
 from runs import Bench, Run
 
-SHARED = Path(os.environ.get("TLDIST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+SHARED = Path(os.environ.get("TLDIST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 ELASTIC = "elastic"
 
 

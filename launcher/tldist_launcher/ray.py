@@ -54,7 +54,8 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
     with chatter_to(Path(settings.run_dir) / "logs" / "ray.log") as terminal:
         import ray
 
-        _connect(settings)
+        with _keeping_our_handlers():
+            _connect(settings)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
             _check_cluster(settings)
@@ -67,6 +68,20 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
 def _has_token() -> bool:
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     return bool(named) or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+@contextlib.contextmanager
+def _keeping_our_handlers() -> Iterator[None]:
+    """Ray's own SIGTERM handler raises SystemExit, and while Ray starts that can be lost: the run would go on."""
+    from ray._private import utils
+
+    theirs = getattr(utils, "set_sigterm_handler", None)
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        if theirs is not None:
+            utils.set_sigterm_handler = theirs
 
 
 def _connect(settings: RunConfig) -> None:

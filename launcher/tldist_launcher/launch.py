@@ -83,7 +83,7 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
     try:
         with control.stopping_on_signals(run_dir):
             _start(settings, run_dir, quiet)
-    except SystemExit:  # Ray's own answer to SIGTERM, which it gives for seconds while it starts and ends
+    except SystemExit:  # Ray's own answer to SIGTERM, should its handler be in place
         control.ask_to_stop(run_dir, signal.SIGTERM.name)
     except (UserError, Stopped, TrainingFailed):
         raise
@@ -119,7 +119,7 @@ def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
         from tldist_launcher.ray import train_on_ray
 
         def watch(start: Callable[[], Any], stream: Any) -> None:
-            with control.stopping_on_signals(run_dir):  # Ray has put its own handlers in their place
+            with control.stopping_on_signals(run_dir):  # should Ray have put its own handlers in their place
                 _watched(start, run_dir, quiet, stream)
 
         train_on_ray(settings, watch)

@@ -59,7 +59,7 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         import ray
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        with _children_without(signal.SIGUSR1):
+        with _keeping_our_handlers(), _children_without(signal.SIGUSR1):
             _connect(settings)
         _set_again(before, signal.SIGTERM)
         try:
@@ -96,6 +96,20 @@ def _set_again(handlers: dict[signal.Signals, Any], number: signal.Signals) -> N
 def _has_token() -> bool:
     named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     return bool(named) or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+@contextlib.contextmanager
+def _keeping_our_handlers() -> Iterator[None]:
+    """Ray's own SIGTERM handler raises SystemExit, and while Ray starts that can be lost: the run would go on."""
+    from ray._private import utils
+
+    theirs = getattr(utils, "set_sigterm_handler", None)
+    utils.set_sigterm_handler = lambda _: None
+    try:
+        yield
+    finally:
+        if theirs is not None:
+            utils.set_sigterm_handler = theirs
 
 
 def _connect(settings: RunConfig) -> None:

@@ -155,6 +155,21 @@ def test_a_stopped_worker_is_named_and_gone(photos: Path, tmp_path: Path) -> Non
     assert (run_dir / "checkpoints" / "last" / "model.safetensors").exists()
 
 
+def test_a_signal_while_ray_starts_is_not_lost(photos: Path, tmp_path: Path) -> None:
+    """Ray's own handler raises SystemExit, which its start may swallow: the run went on to its end."""
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "tldist_launcher.cli", *arguments(photos, run_dir), "--train.epochs", "1000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        while not (run_dir / "logs" / "ray.log").exists():
+            assert run.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.7)
+        run.send_signal(signal.SIGTERM)
+        _, error = run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert "stopped by SIGTERM" in error
+
+
 def marked(mark: str) -> list[str]:
     """Living processes with `mark` in their environment."""
     found = []

@@ -111,12 +111,12 @@ def went_on_from(run: Run, fault_at: float) -> str:
     return next((text.split()[2].rstrip(":") for text in texts if text.startswith("resumed from ")), "")
 
 
-def lost_no_more(run: Run, fault_at: float, expected: str | None = None) -> Iterator[str]:
+def lost_no_more(run: Run, fault_at: float, expected: int | None = None) -> Iterator[str]:
     """It went on from the newest whole checkpoint, and that one was as new as the saver's rules make it.
 
     1. The first step after the fault is the one that follows the checkpoint that the notice names, and that is the
        newest whose writing had ended (or one whose writing had begun, where only the note of its end is missing), or
-       the `expected` one.
+       the one of the `expected` step.
     2. When its writing began, at most SAVE_EVERY steps more were done than it holds.
     3. After a writing of d seconds the saver rests for 9 d (it writes a tenth of the time). Where a checkpoint was due
        between that rest and the fault, another writing had begun.
@@ -129,8 +129,8 @@ def lost_no_more(run: Run, fault_at: float, expected: str | None = None) -> Iter
     before = seen.until(first["at"]) if first is not None else seen
     written = max((run.position(note["name"]) for note in before.saves if note["what"] == "saved"), default=0)
     begun = {run.position(note["name"]) for note in before.saves if note["what"] == "saving"}
-    if expected is not None and name != expected:
-        yield f"it went on from {name or 'the beginning'}, not from {expected or 'the beginning'}"
+    if expected is not None and resumed != expected:
+        yield f"it went on from {name or 'the beginning'}, not from step {expected}"
     if expected is None and first is not None and (resumed < written or resumed not in {0, *begun}):
         yield f"it went on from step {resumed}, though the checkpoint of step {written} was written"
     yield from _was_new(run, seen.until(fault_at))

@@ -36,6 +36,8 @@ class Trial:
     training_again_s: float | None = None
     steps_redone: int = 0
     problems: list[str] = field(default_factory=list)
+    fixed: tuple[int, float] | None = None
+    """The moment, where it is not to be drawn: steps done, and seconds after."""
     skipped: str = ""
     """Why it cannot be tried here."""
 
@@ -48,7 +50,7 @@ class TooLate(Exception):  # noqa: N818 - it states a fact of the trial
     """The run was over before the fault's moment; another moment is drawn."""
 
 
-def await_moment(run: Run, reference: Run, trial: Trial, first: float = 0.0, last: float = 1.0) -> None:
+def await_moment(run: Run, reference: Run, trial: Trial, last: float = 1.0) -> None:
     """Wait for a moment drawn evenly from the reference run's time between its first step and its last checkpoint.
 
     It is told as so many steps and so many seconds after the last of them, for a machine that is slower today. Of
@@ -57,9 +59,10 @@ def await_moment(run: Run, reference: Run, trial: Trial, first: float = 0.0, las
     seen, draw = reference.seen(), trial.random
     times = [note["at"] for note in seen.steps if note["rank"] == 0]
     begin, end = times[0], seen.saves[-1]["at"]
-    at = begin + draw.uniform(first, last) * (end - begin)
+    at = begin + draw.uniform(0, last) * (end - begin)
     steps = sum(done <= at for done in times)
     delay, into = at - times[steps - 1], draw.uniform(0, 0.5)
+    steps, delay = trial.fixed or (steps, delay)
     trial.moment = f"{delay:.2f} s after step {steps}"
     if not run.until(lambda: run.done() >= steps):
         raise TooLate
@@ -106,7 +109,7 @@ def stopped(reference: Run, run: Run, trial: Trial) -> Iterator[str]:
     done = run.done()
     run.resume()
     yield from must_end(run, 0)
-    yield from lost_no_more(run, trial.fault_at, expected=checkpoint.folder_name(*divmod(done, run.steps_per_epoch)))
+    yield from lost_no_more(run, trial.fault_at, expected=done)
 
 
 def cut_short(reference: Run, run: Run, trial: Trial) -> Iterator[str]:
@@ -154,7 +157,7 @@ def _damaged(reference: Run, run: Run, trial: Trial, harm: Callable[[Path], str]
     sentences = [text for text in run.notices() if text.startswith(f"the checkpoint {newest} is damaged: ")]
     if not any(text.endswith(f"; the one before it is used: {before}") for text in sentences):
         yield f"no notice names {newest} and {before}: {run.notices()}"
-    yield from lost_no_more(run, trial.fault_at, expected=before)
+    yield from lost_no_more(run, trial.fault_at, expected=run.position(before))
     yield from nothing_left(run, damaged=(newest,))
 
 
@@ -185,7 +188,7 @@ def full_disk(reference: Run, run: Run, trial: Trial) -> Iterator[str]:
         trial.fault_at = time.time()
         run.resume()
         yield from must_end(run, 0)
-        yield from lost_no_more(run, trial.fault_at, expected=stood)
+        yield from lost_no_more(run, trial.fault_at, expected=run.position(stood))
 
 
 def _refused(run: Run) -> list[str]:
@@ -239,9 +242,11 @@ FAULTS: dict[str, Callable[[Run, Run, Trial], Iterator[str]]] = {
 }
 
 
-def try_fault(bench: Bench, reference: Run, name: str, seed: str, number: int) -> Trial:
+def try_fault(
+    bench: Bench, reference: Run, name: str, seed: str, number: int, fixed: tuple[int, float] | None = None
+) -> Trial:
     """One trial from its start to the checks that follow every fault; another moment is drawn where one was late."""
-    trial = Trial(number, random.Random(f"{seed} {name} {number}"))
+    trial = Trial(number, random.Random(f"{seed} {name} {number}"), fixed=fixed)
     for again in range(5):
         with contextlib.ExitStack() as stack:
             try:

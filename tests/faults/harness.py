@@ -1,6 +1,6 @@
 """Breaks runs in every way we know, at random moments, and proves that nothing is lost but a few steps' time.
 
-    python tests/faults/harness.py [--times 10] [--only NAME] [--trial N] [--seed S]
+    python tests/faults/harness.py [--times 10] [--only NAME] [--trial N] [--seed S] [--moment STEPS+SECONDS]
 
 One undisturbed run is the reference. Each fault then happens to N runs of two workers on Ray, through the real command
 line, on real photos; every run must end with the reference's bits. `elastic` loses a node and gets another one, and
@@ -50,7 +50,7 @@ def trials(words: argparse.Namespace, folder: Path, seed: str, chosen: list[str]
     if on_one_cluster := [name for name in chosen if name in FAULTS]:
         with bench(data, words.weights, folder) as (made, reference):
             for number, name in itertools.product(numbers, on_one_cluster):
-                yield name, told(name, seed, try_fault(made, reference, name, seed, number))
+                yield name, told(name, seed, try_fault(made, reference, name, seed, number, words.moment))
     for number in fewer if ELASTIC in chosen else ():
         yield ELASTIC, told(ELASTIC, seed, try_elastic(data, words.weights, folder, seed, number))
 
@@ -61,11 +61,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--times", type=int, default=10, help="trials of each fault; elastic: a third, at least 3")
     parser.add_argument("--only", choices=(*FAULTS, ELASTIC), help="this fault alone")
     parser.add_argument("--trial", type=int, help="this trial alone, to repeat one that failed")
+    parser.add_argument("--moment", type=moment, help="STEPS+SECONDS: its moment, which depends on the machine's speed")
     parser.add_argument("--seed", help="of all moments; default: another one each time")
     parser.add_argument("--data", type=Path, default=SHARED, help="hymenoptera_data.tar, or the folder with it")
     parser.add_argument("--weights", default=default_weights(), help="of resnet18, or none")
     parser.add_argument("--folder", default=default_folder(), help="where the runs go: memory, where there is any")
     return parser.parse_args()
+
+
+def moment(text: str) -> tuple[int, float]:
+    """'14+0.3' -> (14, 0.3)."""
+    steps, _, seconds = text.partition("+")
+    return int(steps), float(seconds or 0)
 
 
 def default_weights() -> str:
@@ -109,7 +116,8 @@ def told(name: str, seed: str, trial: Trial) -> Trial:
     for problem in trial.problems:
         print(f"    {problem}", flush=True)
     if trial.problems:
-        print(f"    again: {Path(sys.argv[0]).name} --only '{name}' --trial {trial.number} --seed {seed}", flush=True)
+        again = f"--only '{name}' --trial {trial.number} --seed {seed}"
+        print(f"    again: tests/faults/harness.py {again}; its moment, with --moment, above", flush=True)
     return trial
 
 

@@ -290,6 +290,7 @@ class Bench:
     def steps(self, kind: str, phase: Phase, count: int = 3) -> list[float]:
         """A whole phase; returns whether each step was left out."""
         engine = self.begin(kind, phase)
+        gc.collect()  # an engine of an earlier phase, collected now, must not take anything from this one
         skipped = []
         for _ in range(count):
             self.backward(engine, phase)

@@ -242,6 +242,7 @@ class ZeroEngine:
         with self.whole():
             values = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.engine.destroy()
+        self.engine.optimizer = None  # collected later, it would destroy once more: what the next engine has linked
         parameter_offload.FWD_MODULE_STACK.clear()
         self.untouched.restore(values)
         del self.engine, self.zero, self.optimizer

@@ -74,14 +74,16 @@ class Variant:
         self.targets = Targets(torch.arange(s.batch_size, device=device) % CLASSES)
 
     def turn(self) -> dict[str, float]:
-        """A worker that waits for the others is in the time: so it is in training."""
+        """Waiting for the others is in the time, as in training; other processes leave the CPU's own time alone."""
         dist.barrier()
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         for _ in range(self.settings.steps):
             self.engine.forward_backward(self.images, self.targets)
             self.engine.step(1.0)
         synchronize(self.device)
-        return {"step_ms": (time.perf_counter() - started) * 1e3 / self.settings.steps}
+        steps = self.settings.steps
+        cpu_ms = (time.process_time() - worked) * 1e3 / steps
+        return {"step_ms": (time.perf_counter() - started) * 1e3 / steps, "cpu_ms": cpu_ms}
 
     def held(self) -> HeldBytes:
         """The most that is held whenever the backward pass has finished a gradient, and at its end."""
@@ -148,7 +150,7 @@ def _free_port() -> int:
 
 def rows(measured: Measured, held: dict[str, HeldBytes]) -> list[dict[str, Any]]:
     """One row an engine; a ratio is the median of the rounds' ratios."""
-    ddp = measured["ddp"]["step_ms"]
+    ddp, ddp_cpu = measured["ddp"]["step_ms"], measured["ddp"]["cpu_ms"]
     return [
         {
             "bench": "engines",
@@ -159,6 +161,8 @@ def rows(measured: Measured, held: dict[str, HeldBytes]) -> list[dict[str, Any]]
             "over_ddp": step.over(ddp).median,
             "over_ddp_p20": step.over(ddp).percentile(0.2),
             "over_ddp_p80": step.over(ddp).percentile(0.8),
+            "cpu_ms": measured[kind]["cpu_ms"].median,
+            "cpu_over_ddp": measured[kind]["cpu_ms"].over(ddp_cpu).median,
             **{f"{part}_mib": count / 2**20 for part, count in asdict(held[kind]).items()},
         }
         for kind in KINDS
@@ -178,6 +182,8 @@ def print_table(settings: Settings, found: list[dict[str, Any]]) -> None:
         "over ddp",
         "p20",
         "p80",
+        "CPU ms",
+        "over ddp",
         "weights",
         "gradients",
         "optimizer",
@@ -188,7 +194,8 @@ def print_table(settings: Settings, found: list[dict[str, Any]]) -> None:
         times = [f"{row[key]:.0f}" for key in ("step_ms", "step_ms_p20", "step_ms_p80")]
         ratios = [f"{row[key]:.3f}" for key in ("over_ddp", "over_ddp_p20", "over_ddp_p80")]
         sizes = [f"{row[f'{part}_mib']:.1f}" for part in ("weights", "gradients", "optimizer")]
-        table.add_row(row["variant"], *times, *ratios, *sizes)
+        cpu = (f"{row['cpu_ms']:.0f}", f"{row['cpu_over_ddp']:.3f}")
+        table.add_row(row["variant"], *times, *ratios, *cpu, *sizes)
     Console(width=132).print(table)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import logging
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +52,51 @@ def run(config_json: str) -> dict[str, Any]:
         keep_freed_memory()
     settings = config.from_json(config_json)
     made_group = dist.init(device, settings.launch.hang_minutes)
+    try:
+        with sole_writer(Path(settings.run_dir)):
+            return _logged(settings, device, started)
+    except Exception:
+        _keep_traceback(settings)
+        raise
+    finally:
+        if made_group:
+            dist.close()
+
+
+def _logged(settings: RunConfig, device: torch.device, started: float) -> dict[str, Any]:
     log = EventLog(Path(settings.run_dir) / "metrics.jsonl" if dist.is_main() else None)
     try:
         with watchdog_of(settings) as watchdog:
             return _run(settings, device, log, started, watchdog)
     except Exception as error:
         log.write("error", text=str(error), kind=type(error).__name__)
-        _keep_traceback(settings)
         raise
     finally:
         log.close()
-        if made_group:
-            dist.close()
+
+
+@contextlib.contextmanager
+def sole_writer(run_dir: Path, wait_s: float = 60.0) -> Iterator[None]:
+    """On the main worker: wait until no other process writes this run directory.
+
+    Workers whose driver was killed, or whose group lost a member, may go on for seconds until they are ended. Raises
+    RuntimeError where one does not end.
+    """
+    if not dist.is_main():
+        yield
+        return
+    (run_dir / "logs").mkdir(exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with (run_dir / "logs" / "writer").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"another worker still writes {run_dir}: end it, then resume") from error
+                time.sleep(0.2)
+        yield
 
 
 def keep_freed_memory() -> None:

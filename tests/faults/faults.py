@@ -142,7 +142,7 @@ def _damaged(reference: Run, run: Run, trial: Trial, harm: Callable[[Path], str]
     run.start()
     if not run.until(lambda: len(run.names()) >= 2):
         raise TooLate
-    await_moment(run, reference, trial)
+    await_moment(run, reference, trial, last=0.5)  # the workers go on for seconds, until Ray ends them
     run.signal(signal.SIGKILL)
     trial.happened("SIGKILL to the command")
     if left := run.left_processes(60):

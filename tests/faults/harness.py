@@ -99,7 +99,7 @@ def photos(data: Path, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def bench(data: Path, weights: str, folder: Path, epochs: int = 6) -> Iterator[tuple[Bench, Run]]:
+def bench(data: Path, weights: str, folder: Path, epochs: int = 4) -> Iterator[tuple[Bench, Run]]:
     """A cluster of two CPUs for all runs, and the reference run, done."""
     with cluster(environment(folder / "observed"), cpus=2) as head:
         made = Bench(data, weights, folder, head.address, epochs)

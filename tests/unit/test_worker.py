@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,3 +152,18 @@ def test_half_a_summary_is_none(photos: Path, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "run" / "summary.json").exists()
     assert worker.run(config.to_json(made))["epochs"] == made.train.epochs
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["resumed_from"] == "epoch-0003"
+
+
+def test_the_main_worker_waits_for_an_earlier_one(tmp_path: Path) -> None:
+    """Whose driver was killed, and which Ray has not ended yet."""
+    with worker.sole_writer(tmp_path):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                with worker.sole_writer(tmp_path, wait_s=0.3):
+                    os._exit(1)
+            except RuntimeError:
+                os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+    with worker.sole_writer(tmp_path, wait_s=0.3):
+        pass

@@ -89,7 +89,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any) -> list
     ]
     for process in ranks:
         process.start()
-    answers = sorted((queue.get(timeout=240) for _ in ranks), key=lambda answer: answer[0])
+    answers = sorted((queue.get(timeout=800) for _ in ranks), key=lambda answer: answer[0])
     for process in ranks:
         process.join(timeout=30)
     for rank, _, error in answers:

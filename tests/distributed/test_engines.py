@@ -154,7 +154,7 @@ def ddp(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict
     shutil.rmtree(folder)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["ddp", *ZERO])
 def test_every_strategy_ends_where_one_process_ends(
     photos: Path, tmp_path: Path, alone: dict[str, Ended], ddp: dict[str, Ended], kind: str

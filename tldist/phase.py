@@ -16,7 +16,7 @@ from tldist import dist
 from tldist.backbones import Segment, StagedModel
 from tldist.batchnorm import flat, moved_statistics, set_modes, synchronise
 from tldist.checkpoint import Plateau, TrainState
-from tldist.engine import Engine, build_engine
+from tldist.engine import Engine, build_engine, compiles
 from tldist.flops import StepFlops, count_flops
 from tldist.inputs import Inputs, open_inputs, to_input
 from tldist.metrics import ThroughputClock, TrainMeter, reset_peak_memory
@@ -200,7 +200,7 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     mode, device = run.config.train.compile, run.numbers.device
     if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
         return 0.0
-    if device.type == "cuda" and run.config.engine.kind != "zero3":  # whose hooks gather weights between layers
+    if device.type == "cuda" and compiles(run.config.engine):
         network.compile(dynamic=False)
     if prefix.is_empty:
         return 0.0

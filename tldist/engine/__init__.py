@@ -16,7 +16,7 @@ from tldist.plan import Phase
 ENGINES: dict[str, Callable[..., Engine]] = {"single": SingleEngine, "ddp": DDPEngine}
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
 
-__all__ = ["ENGINES", "Engine", "Numerics", "build_engine", "engine_kind", "numerics"]
+__all__ = ["ENGINES", "Engine", "Numerics", "build_engine", "compiles", "engine_kind", "numerics"]
 
 
 def engine_kind(config: EngineConfig, world_size: int) -> str:
@@ -24,6 +24,11 @@ def engine_kind(config: EngineConfig, world_size: int) -> str:
     if config.kind != "auto":
         return config.kind
     return "ddp" if world_size > 1 else "single"
+
+
+def compiles(config: EngineConfig) -> bool:
+    """Can what trains be compiled under it? ZeRO-3's hooks gather weights between the layers."""
+    return config.kind != "zero3"
 
 
 def build_engine(

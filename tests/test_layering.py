@@ -19,6 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.backbones", "tldist.plan"),
     ("tldist.optim", "tldist.objectives"),
     ("tldist.data", "tldist.batchnorm", "tldist.features"),
+    ("tldist.rules",),
     ("tldist.prefix", "tldist.engine", "tldist.checkpoint", "tldist.control", "tldist.flops", "tldist.metrics"),
     ("tldist.saver", "tldist.tracking"),
     ("tldist.evaluate", "tldist.plots", "tldist.recipes", "tldist.run"),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +38,6 @@ StrategyName = Literal[
     "by_hand",
 ]
 Precision = Literal["bf16", "fp16", "fp32"]
-AugmentName = Literal["none", "basic", "lecture"]
 
 STRATEGIES: tuple[StrategyName, ...] = tuple(name for name in get_args(StrategyName) if name != "by_hand")
 """Those that need no plan from the user."""
@@ -121,8 +118,9 @@ class DataConfig(Section):
     """Images per optimizer step, over all workers together."""
     image_size: int = 224
     """Side of the square the network sees."""
-    augment: AugmentName = "basic"
-    """none; basic: random-resized-crop and flip; lecture: the list of lecture 7.2."""
+    augment: str = "basic"
+    """A preset (none; basic: random-resized-crop and flip; lecture: the list of lecture 7.2; randaugment;
+    trivialaugment), then single switches: lecture,hue=off,rotate-deg=30. `tldist data preview` shows it."""
     mixup: float = 0.0
     """Alpha of Mixup's Beta(alpha, alpha); 0 is off. With CutMix on too, each batch draws one of the two."""
     cutmix: float = 0.0
@@ -305,153 +303,6 @@ class RunConfig(Section):
     engine: EngineConfig = field(default_factory=EngineConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
-    def validate(self) -> None:
-        """Raise UserError for values no run can use; needs neither data nor devices."""
-        if not re.fullmatch(r"-?\d+(:\d+)?", str(self.launch.workers)):
-            raise UserError(f"--launch.workers '{self.launch.workers}' is no number: give one, or two as in 2:8")
-        for bad, sentence in _rules(self):
-            if bad:
-                raise UserError(sentence)
-
-
-def _rules(c: RunConfig) -> list[tuple[bool, str]]:
-    """(is it wrong?, the sentence to say) for every rule that spans no machine."""
-    positive = {
-        "--data.batch-size": c.data.batch_size,
-        "--data.image-size": c.data.image_size,
-        "--train.epochs": c.train.epochs,
-        "--launch.workers": c.launch.least,
-        "--tracking.log-every": c.tracking.log_every,
-        "--strategy.trainable-stages": c.strategy.trainable_stages,
-        "--strategy.epochs-per-stage": c.strategy.epochs_per_stage,
-        "--optim.base-lr": c.optim.base_lr,
-        "--strategy.backbone-lr": c.strategy.backbone_lr,
-        "--strategy.second-phase-lr": c.strategy.second_phase_lr,
-        "--strategy.patience": c.strategy.patience,
-        "--optim.restart-epochs": c.optim.restart_epochs,
-        "--train.accumulate": c.train.accumulate,
-        "--train.max-skipped": c.train.max_skipped,
-        "--checkpoint.keep": c.checkpoint.keep,
-    }
-    not_negative = {
-        "--data.mixup": c.data.mixup,
-        "--data.cutmix": c.data.cutmix,
-        "--data.threads": c.data.threads,
-        "--data.train-images-per-class": c.data.train_images_per_class,
-        "--optim.weight-decay": c.optim.weight_decay,
-        "--optim.warmup-epochs": c.optim.warmup_epochs,
-        "--optim.clip-norm": c.optim.clip_norm,
-        "--optim.l2-sp": c.optim.l2_sp,
-        "--train.early-stop": c.train.early_stop,
-        "--train.min-delta": c.train.min_delta,
-        "--cache.gib": c.cache.gib,
-        "--checkpoint.minutes": c.checkpoint.minutes,
-        "--launch.restarts": c.launch.restarts,
-        "--checkpoint.steps": c.checkpoint.steps,
-        "--launch.hang-minutes": c.launch.hang_minutes,
-        "--seed": c.seed,
-    }
-    shares = {
-        "--optim.momentum": c.optim.momentum,
-        "--train.label-smoothing": c.train.label_smoothing,
-        "--optim.final-lr": c.optim.final_lr,
-        "--train.ema": c.train.ema,
-    }
-    rules = [(not v > 0, f"{flag} is {v}: give a value above 0") for flag, v in positive.items()]
-    rules += [(not v >= 0, f"{flag} is {v}: give 0 or more") for flag, v in not_negative.items()]
-    rules += [(not 0 <= v < 1, f"{flag} is {v}: give a share from 0 to below 1") for flag, v in shares.items()]
-    numbers = {**positive, **not_negative}.items()
-    rules += [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
-    workers, batch = c.launch.most, c.data.batch_size
-    return [
-        *rules,
-        (
-            c.launch.least > workers,
-            f"--launch.workers {c.launch.workers} asks for more workers at least than at most: write the smaller first",
-        ),
-        (
-            batch % max(workers, 1) != 0,
-            f"--data.batch-size {batch} cannot be shared evenly by {workers} workers: use a multiple of {workers}",
-        ),
-        (
-            c.engine.kind == "single" and workers > 1,
-            f"--engine.kind single runs one worker, not {workers}: use ddp or --launch.workers 1",
-        ),
-        (
-            c.engine.offload != "none" and not c.engine.kind.startswith("zero"),
-            f"--engine.offload {c.engine.offload} is DeepSpeed's, and --engine.kind is {c.engine.kind}: "
-            "use zero1, zero2 or zero3 with it",
-        ),
-        (
-            c.launch.kind == "local" and workers > 1,
-            f"--launch.kind local runs one worker, not {workers}: use ray or --launch.workers 1",
-        ),
-        (c.seed >= 2**63, f"--seed is {c.seed}: give a number below 2^63"),
-        (
-            c.model.name.startswith("vit") and c.data.image_size % 16 != 0,
-            f"--data.image-size {c.data.image_size} does not divide into {c.model.name}'s 16-pixel patches: "
-            "use a multiple of 16",
-        ),
-        (
-            c.model.head == "mlp_bn" and _smallest_pass(c) < 2,
-            f"--data.batch-size {batch} gives a worker one image at a time, and the BatchNorm of --model.head mlp_bn "
-            "needs two: use a larger batch, less --train.accumulate, or another head",
-        ),
-        (
-            c.train.accumulate > batch // max(workers, 1),
-            f"--train.accumulate {c.train.accumulate} is more than a worker's {batch // max(workers, 1)} images of a "
-            "step: use less, or a larger --data.batch-size",
-        ),
-        (
-            not 1 <= c.optim.restart_factor < math.inf,
-            f"--optim.restart-factor is {c.optim.restart_factor}: give 1 or more",
-        ),
-        (
-            c.optim.l2_sp > 0 and (c.strategy.name == "scratch" or c.model.weights == "none"),
-            "--optim.l2-sp pulls towards pre-trained weights, and this run starts without any: leave it out",
-        ),
-        *_cache_rules(c),
-        (
-            not 0 < c.strategy.decay <= 1,
-            f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1",
-        ),
-        (
-            not 0 < c.strategy.first_phase < 1,
-            f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",
-        ),
-    ]
-
-
-def _smallest_pass(c: RunConfig) -> int:
-    """Images of a worker's smallest pass, over all numbers of workers that the run may have."""
-    most, batch = max(c.launch.most, 1), c.data.batch_size
-    limit = max(-(-(batch // most) // max(c.train.accumulate, 1)), 1)
-    shares = [batch // n for n in range(max(c.launch.least, 1), most + 1) if batch % n == 0]
-    return min((share // -(-share // limit) for share in shares if share), default=batch)
-
-
-def _cache_rules(c: RunConfig) -> list[tuple[bool, str]]:
-    """Features can be kept only of what is the same each time."""
-    kind, mixed = c.cache.features, c.data.mixup > 0 or c.data.cutmix > 0
-    known = kind in ("off", "exact") or re.fullmatch(r"views:[1-9]\d{0,3}", kind) is not None
-    return [
-        (not known, f"--cache.features '{kind}' is not known: give off, exact or views:K (views:4, say)"),
-        (
-            kind == "exact" and c.data.augment != "none",
-            f"--cache.features exact needs the same picture in every epoch, and --data.augment {c.data.augment} draws "
-            "new ones: use --data.augment none, or views:K to keep K augmented views",
-        ),
-        (
-            kind != "off" and mixed and c.data.mix_at == "input",
-            "--cache.features keeps features of single images, and Mixup or CutMix of images needs the prefix anew for "
-            "every mixture: use --data.mix-at cut (manifold mixup), or switch mixing off",
-        ),
-        (
-            c.data.mix_at == "cut" and c.data.cutmix > 0,
-            "--data.mix-at cut mixes features, and CutMix pastes boxes of pixels: use --data.mixup there",
-        ),
-    ]
 
 
 _ADAPTER = pydantic.TypeAdapter(RunConfig)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from tldist import dist, features
 from tldist.backbones import IMAGE_MEAN, IMAGE_STD, Segment
-from tldist.data.augment import PRESETS
 from tldist.data.batches import eval_batches, eval_ids, fill_batches, train_batches, train_ids
 from tldist.data.loader import Batch, loader_kind
 from tldist.data.mixing import Mix
+from tldist.data.presets import augment_spec
 from tldist.features import Features, FeatureWriter, Layout
 from tldist.prefix import Prefix
 from tldist.run import Run
@@ -75,7 +75,7 @@ class ImageInputs:
         return self.run.train_loader.batches(
             train_batches(
                 self.run.index.train,
-                PRESETS[config.data.augment],
+                augment_spec(config.data.augment),
                 config.data.image_size,
                 config.data.batch_size,
                 config.seed,
@@ -234,7 +234,7 @@ def _key(run: Run, frozen: Segment, prefix: Prefix, layouts: dict[str, Layout]) 
     for name, tensor in frozen.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    data, spec = run.config.data, PRESETS[run.config.data.augment]
+    data, spec = run.config.data, augment_spec(run.config.data.augment)
     told = {
         "images": run.index.fingerprint,
         "views": run.config.cache.views,
@@ -284,7 +284,7 @@ def _fill(run: Run, images: ImageInputs, folder: Path, layouts: dict[str, Layout
 
 def _write_all(run: Run, images: ImageInputs, writers: dict[str, FeatureWriter]) -> None:
     config, index = run.config, run.index
-    spec, side = PRESETS[config.data.augment], config.data.image_size
+    spec, side = augment_spec(config.data.augment), config.data.image_size
     for view in range(config.cache.views):
         plans = fill_batches(index.train, spec, side, run.pass_size, config.seed, view, run.worker)
         for batch in run.watchdog.along(run.train_loader.batches(plans), "keeping features", "having kept features"):

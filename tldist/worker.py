@@ -20,10 +20,10 @@ import torch
 from tldist import backbones, config, control, dist
 from tldist.config import RunConfig, UserError
 from tldist.control import Control, Stopped
-from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
 from tldist.data.pixels import open_pixels
+from tldist.data.presets import AugmentSpec, augment_spec
 from tldist.engine import engine_kind, numerics
 from tldist.fit import FitResult, fit, speed
 from tldist.flops import peak_flops
@@ -31,6 +31,7 @@ from tldist.metrics import Window, count_parameters
 from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.report import write_report
+from tldist.rules import validate
 from tldist.run import Run
 from tldist.saver import Saver
 from tldist.tracking.environment import environment
@@ -161,7 +162,7 @@ def _run(
 
 def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Watchdog | None = None) -> Run:
     """Index, loaders, model and plan, in that order."""
-    settings.validate()
+    validate(settings)
     numbers = numerics(settings.train.precision, device)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
     plan = plan_of(settings)
@@ -187,7 +188,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         plan=plan,
         model=model,
         index=index,
-        train_loader=open_loader(data, PRESETS[data.augment], share, device, pixels.train),
+        train_loader=open_loader(data, augment_spec(data.augment), share, device, pixels.train),
         eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val),
         numbers=numbers,
         log=log,

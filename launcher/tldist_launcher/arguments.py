@@ -13,6 +13,7 @@ import tyro
 from tldist import config
 from tldist.config import RunConfig, UserError, nearest
 from tldist.recipes import RECIPES, recipe
+from tldist.rules import validate
 
 Number = TypeVar("Number", int, float)
 
@@ -39,7 +40,7 @@ def parse_run(arguments: Sequence[str], command: str, own: Iterable[str] = ()) -
         prog=f"tldist {command} {name or 'RECIPE'}",
         description=f"Recipes: {', '.join(RECIPES)}. `--config FILE` repeats a run from its config.yaml.",
     )
-    parsed.validate()
+    validate(parsed)
     return parsed
 
 

@@ -23,6 +23,7 @@ from tldist.control import Stopped
 from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
 from tldist.engine.base import numerics
+from tldist.rules import validate
 from tldist.tracking.console import Console, follow
 from tldist.watchdog import forget, hung
 
@@ -134,7 +135,7 @@ def launch_kind(settings: RunConfig) -> str:
 
 def preflight(settings: RunConfig) -> Index:
     """Find the user's mistakes in seconds, before workers are started: machine, plan, data, weights."""
-    settings.validate()
+    validate(settings)
     _check_machine(settings)
     _check_ray(settings)
     _check_deepspeed(settings)

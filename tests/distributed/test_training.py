@@ -27,10 +27,10 @@ from tldist.config import (
     TrackingConfig,
     TrainConfig,
 )
-from tldist.data.augment import AugmentSpec
 from tldist.data.batches import Worker, eval_batches
 from tldist.data.index import build_index
 from tldist.data.loader import Batch, open_loader
+from tldist.data.presets import AugmentSpec
 from tldist.engine import numerics
 from tldist.engine.ddp import DDPEngine
 from tldist.evaluate import evaluate

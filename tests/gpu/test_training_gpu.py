@@ -11,10 +11,10 @@ import torch
 
 from tldist import config, fit, worker
 from tldist.config import DataConfig, ModelConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
-from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.batches import Worker, train_batches
 from tldist.data.index import build_index
 from tldist.data.loader import loader_kind, open_loader
+from tldist.data.presets import PRESETS, AugmentSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DALI = pytest.mark.skipif(loader_kind(DataConfig()) != "dali", reason="DALI is not installed")

@@ -23,10 +23,11 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.batches import Worker, fill_batches, train_ids
 from tldist.data.index import build_index
+from tldist.data.presets import PRESETS, AugmentSpec
 from tldist.features import Features, FeatureWriter, Layout
+from tldist.rules import validate
 
 CPU = torch.device("cpu")
 
@@ -197,7 +198,7 @@ def test_manifold_mixup_mixes_at_the_cut(photos: Path, tmp_path: Path) -> None:
 )
 def test_what_cannot_be_kept_is_refused_with_the_reason(cache: str, data: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        RunConfig(cache=CacheConfig(features=cache), data=DataConfig(**data)).validate()
+        validate(RunConfig(cache=CacheConfig(features=cache), data=DataConfig(**data)))
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -14,6 +14,7 @@ import pytest
 
 from tldist.config import DataConfig, LaunchConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig
 from tldist.find_lr import Curve, Finding, Sweep, averaged, is_lost, measure, read_curve, trial
+from tldist.rules import validate
 from tldist_launcher.arguments import parse_run
 from tldist_launcher.cli import main
 
@@ -151,7 +152,7 @@ def test_the_same_seed_gives_the_same_curve(photos: Path, tmp_path: Path) -> Non
 def test_a_trial_passes_what_one_of_several_workers_would() -> None:
     made = RunConfig(launch=LaunchConfig(workers=4), train=TrainConfig(accumulate=2, ema=0.9))
     tried = trial(made, "x")
-    tried.validate()
+    validate(tried)
     assert (tried.launch.workers, tried.train.accumulate, tried.train.ema) == (1, 8, 0.0)
     assert tried.data.batch_size == made.data.batch_size
 

@@ -11,6 +11,7 @@ import pytest
 
 from tldist.config import LaunchConfig, RunConfig, UserError
 from tldist.hang import Sign, judge
+from tldist.rules import validate
 from tldist.watchdog import Watchdog, forget, hung, verdict_file
 
 LOGS = Path("run/logs")
@@ -208,4 +209,4 @@ def test_how_a_worker_ended_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("minutes", [-1.0, float("nan"), float("inf")])
 def test_the_timeout_has_a_rule(minutes: float) -> None:
     with pytest.raises(UserError, match=r"--launch\.hang-minutes"):
-        RunConfig(launch=LaunchConfig(hang_minutes=minutes)).validate()
+        validate(RunConfig(launch=LaunchConfig(hang_minutes=minutes)))

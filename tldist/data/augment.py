@@ -11,62 +11,10 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from tldist.config import AugmentName
+from tldist.data.presets import BINS, POLICY_OPS, AugmentSpec
 
 RESIZE_RATIO = 256 / 224
 """Evaluation resizes the short side to this times the crop, as torchvision's presets do."""
-
-
-@dataclass(frozen=True)
-class AugmentSpec:
-    """Ranges to draw from; a range of None (or a probability of 0) leaves the operation out of the pipeline."""
-
-    crop_area: tuple[float, float] | None = None
-    """Share of the image's area (random-resized-crop); None: the deterministic evaluation crop."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.0
-    rotate_deg: float = 0.0
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-    """As a share of the full colour circle."""
-    grey: float = 0.0
-    blur_sigma: tuple[float, float] | None = None
-    """Gaussian blur with a 3 x 3 kernel."""
-    erase: float = 0.0
-    erase_area: tuple[float, float] = (0.02, 0.15)
-    erase_ratio: tuple[float, float] = (0.3, 3.3)
-
-    @property
-    def colour(self) -> bool:
-        """Does any colour operation take part?"""
-        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
-
-    @property
-    def deterministic(self) -> bool:
-        """Is an image always shown the same way?"""
-        return self == AugmentSpec()
-
-
-PRESETS: dict[AugmentName, AugmentSpec] = {
-    "none": AugmentSpec(),
-    # torchvision's reference training: Inception crop (Szegedy et al., 2015) and flip.
-    "basic": AugmentSpec(crop_area=(0.08, 1.0), flip=0.5),
-    # Lecture 7.2, value by value.
-    "lecture": AugmentSpec(
-        crop_area=(0.8, 1.0),
-        flip=0.5,
-        rotate_deg=15,
-        brightness=0.2,
-        contrast=0.2,
-        saturation=0.2,
-        hue=0.1,
-        grey=0.1,
-        blur_sigma=(0.1, 2.0),
-        erase=0.2,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -89,6 +37,12 @@ class Views:
     """0 where the image is turned grey."""
     hue_N: np.ndarray
     """Degrees."""
+    policy_op_NK: np.ndarray
+    """The policy's K operations, one after the other: positions in POLICY_OPS."""
+    policy_bin_NK: np.ndarray
+    """Their magnitudes."""
+    policy_sign_NK: np.ndarray
+    """1 where the magnitude is negative, for operations that take one."""
     blur_sigma_N: np.ndarray
     erase_N4: np.ndarray
     """Empty boxes where nothing is erased."""
@@ -123,7 +77,7 @@ def _mix64(z: np.ndarray | np.uint64) -> np.ndarray:
 _TRIES = 10
 _CROP, _ERASE = 0, 32
 _FLIP, _ANGLE, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GREY, _BLUR, _ERASE_P = range(64, 73)
-_COUNT = 73
+_POLICY = 73  # and on: three for each operation
 
 
 def draw_views(
@@ -131,7 +85,7 @@ def draw_views(
 ) -> Views:
     """The views of N images of `sizes_N2` (height, width) in one epoch."""
     n = len(ids_N)
-    u = uniforms(seed, epoch, ids_N, _COUNT)
+    u = uniforms(seed, epoch, ids_N, _POLICY + 3 * spec.policy_ops)
     if spec.crop_area is None:
         box, resize, crop = _evaluation_crop(sizes_N2, image_size)
     else:
@@ -141,6 +95,7 @@ def draw_views(
     erase = random_boxes(squares, u[:, _ERASE : _ERASE + 22], spec.erase_area, spec.erase_ratio, fallback=False)
     saturation = _around_one(u[:, _SATURATION], spec.saturation)
     low, high = spec.blur_sigma or (0.0, 0.0)
+    op_NK, bin_NK, sign_NK = np.moveaxis(u[:, _POLICY:].reshape(n, spec.policy_ops, 3), 2, 0)
     return Views(
         box_N4=box.astype(np.int32),
         resize_N2=resize.astype(np.int32),
@@ -151,9 +106,18 @@ def draw_views(
         contrast_N=_around_one(u[:, _CONTRAST], spec.contrast),
         saturation_N=np.where(u[:, _GREY] < spec.grey, 0.0, saturation).astype(np.float32),
         hue_N=(360 * spec.hue * (2 * u[:, _HUE] - 1)).astype(np.float32),
+        policy_op_NK=(op_NK * len(POLICY_OPS)).astype(np.int32),
+        policy_bin_NK=_bins(spec, bin_NK),
+        policy_sign_NK=(sign_NK < 0.5).astype(np.int32),
         blur_sigma_N=(low + (high - low) * u[:, _BLUR]).astype(np.float32),
         erase_N4=np.where(u[:, _ERASE_P, None] < spec.erase, erase, 0).astype(np.int32),
     )
+
+
+def _bins(spec: AugmentSpec, u_NK: np.ndarray) -> np.ndarray:
+    """RandAugment has one magnitude, TrivialAugment any."""
+    chosen_NK = u_NK * BINS if spec.policy == "trivial" else np.full(u_NK.shape, spec.rand_magnitude)
+    return chosen_NK.astype(np.int32)
 
 
 def _around_one(u_N: np.ndarray, spread: float) -> np.ndarray:

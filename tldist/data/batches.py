@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tldist.data.augment import AugmentSpec, Views, draw_views
+from tldist.data.augment import Views, draw_views
 from tldist.data.index import Split
+from tldist.data.presets import AugmentSpec
 
 
 @dataclass(frozen=True)

@@ -17,24 +17,25 @@ import numpy as np
 import torch
 from nvidia.dali import fn as _fn
 from nvidia.dali import types as _types
-from nvidia.dali.pipeline import pipeline_def
+from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.auto_aug.core import select, signed_bin
+from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
+from nvidia.dali.pipeline import do_not_convert, pipeline_def
 from torch import Tensor
 
-from tldist.data.augment import AugmentSpec
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, Batch, decode_error
+from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, decode_error
+from tldist.data.presets import BINS, TRIVIAL_TRANSLATE, AugmentSpec, PolicyName
 
 fn: Any = _fn  # its stubs allow no tensors as arguments, which is the point of this pipeline
 types: Any = _types
 
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"nvidia\.dali.*")
 
-
-@pipeline_def
+@pipeline_def(enable_conditionals=True)
 def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, device: str) -> Any:
     """uint8 HWC images of `size`, operation by operation as `Views` says; `source` gives what `_inputs` lists."""
-    names = _input_names(spec)
-    given = dict(zip(names, fn.external_source(source=source, num_outputs=len(names), batch=True), strict=True))
+    given = _given(source, _input_names(spec))
     images = fn.decoders.image_slice(
         fn.io.file.read(given["path"]),
         start=_half(given["box"], 0),
@@ -51,7 +52,9 @@ def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, dev
     if spec.rotate_deg:
         images = fn.rotate(images, angle=given["angle"], keep_size=True, fill_value=0)
     if spec.colour:
-        images = fn.color_twist(images, **{name: given[name] for name in _COLOUR})
+        images = _colour(images, given, device)
+    for level in range(spec.policy_ops):
+        images = _policy_op(images, given, level, spec.policy, size)
     if spec.blur_sigma:
         images = fn.gaussian_blur(images, window_size=3, sigma=given["blur_sigma"])
     if spec.erase:
@@ -60,7 +63,49 @@ def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, dev
     return images
 
 
+@do_not_convert
+def _given(source: Callable[[], list[Any]], names: list[str]) -> dict[str, Any]:
+    return dict(zip(names, fn.external_source(source=source, num_outputs=len(names), batch=True), strict=True))
+
+
 _COLOUR = ("brightness", "contrast", "saturation", "hue")
+_POLICY = ("policy_op", "policy_bin", "policy_sign")
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+
+
+def _colour(images: Any, given: dict[str, Any], device: str) -> Any:
+    """Brightness, contrast around the image's mean grey as PIL has it, saturation, and hue as a turn in YIQ."""
+    if device == "gpu":
+        # A named argument cannot come from the GPU, where the mean is: DALI's own augmentation writes the formula out.
+        images = fn.brightness(images, brightness=given["brightness"])
+        images = augmentations.contrast.op(images, given["contrast"])
+    else:
+        mean = fn.reductions.mean(images, axis_names="HW") * types.Constant(_GREY_WEIGHTS)
+        images = fn.brightness_contrast(
+            images,
+            brightness=given["brightness"],
+            contrast=given["contrast"],
+            contrast_center=fn.reductions.sum(mean),
+        )
+    return fn.color_twist(images, saturation=given["saturation"], hue=given["hue"])
+
+
+def _policy_op(images: Any, given: dict[str, Any], level: int, policy: PolicyName, size: int) -> Any:
+    """One operation of the policy on each image, from DALI's library; which one, and how strong, is ours to say."""
+    op, magnitude, sign = (given[name][level] for name in _POLICY)
+    if policy == "rand":
+        suite = get_rand_augment_suite(use_shape=True)
+    else:
+        suite = get_trivial_augment_wide_suite(max_translate_abs=TRIVIAL_TRANSLATE)
+    return select(
+        suite,
+        op,
+        images,
+        magnitude_bin=signed_bin(magnitude, sign),
+        num_magnitude_bins=BINS,
+        shape=(size, size),
+        fill_value=POLICY_FILL,
+    )
 
 
 def _half(box: Any, start: int) -> Any:
@@ -75,6 +120,7 @@ def _input_names(spec: AugmentSpec) -> list[str]:
         "flip": spec.flip > 0,
         "angle": spec.rotate_deg > 0,
         **dict.fromkeys(_COLOUR, spec.colour),
+        **dict.fromkeys(_POLICY, spec.policy_ops > 0),
         "blur_sigma": spec.blur_sigma is not None,
         "erase": spec.erase > 0,
     }
@@ -92,6 +138,7 @@ def _inputs(plan: BatchPlan, root: Path) -> dict[str, Any]:
         "flip": v.flip_N,
         "angle": v.angle_N,
         **{name: getattr(v, f"{name}_N") for name in _COLOUR},
+        **{name: getattr(v, f"{name}_NK") for name in _POLICY},
         "blur_sigma": v.blur_sigma_N,
         "erase": v.erase_N4.astype(np.float32),
     }
@@ -131,7 +178,9 @@ class DaliLoader:
         """In order."""
         self._plans, self._taken = iter(plans), deque()
         if self._pipeline is None:
-            self._pipeline = self._build()
+            # DALI's own automatic augmentations call names of its that are deprecated, and no filter stops the noise.
+            with warnings.catch_warnings(record=True):
+                self._pipeline = self._build()
         # Until the last batch is out, the pipeline holds plans of this epoch that no other may see.
         pipeline, self._pipeline = self._pipeline, None
         while (images := self._run(pipeline)) is not None:

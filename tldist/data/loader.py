@@ -14,15 +14,16 @@ from torch import Tensor
 
 from tldist import dist
 from tldist.config import DataConfig, UserError
-from tldist.data.augment import AugmentSpec
 from tldist.data.batches import BatchPlan
+from tldist.data.presets import AugmentSpec
 from tldist.data.verify import strict_pillow, verify
 
 IN_FLIGHT = 3
 """Batches being prepared while one is used: enough to ride over a slow image, little memory."""
 ERASED = (124, 116, 104)
 """Erased pixels take ImageNet's mean colour, which is 0 after normalisation."""
-
+POLICY_FILL = 128
+"""What a policy's shifts and turns leave empty, as in DALI's library."""
 
 Read = Callable[[int, Path], Tensor]
 """(position in the split, file) -> its image as uint8 RGB (C, H, W), upright."""

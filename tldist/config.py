@@ -122,9 +122,15 @@ class DataConfig(Section):
     """A preset (none; basic: random-resized-crop and flip; lecture: the list of lecture 7.2; randaugment;
     trivialaugment), then single switches: lecture,hue=off,rotate-deg=30. `tldist data preview` shows it."""
     mixup: float = 0.0
-    """Alpha of Mixup's Beta(alpha, alpha); 0 is off. With CutMix on too, each batch draws one of the two."""
+    """Alpha of Mixup's Beta(alpha, alpha); 0 is off. With CutMix on too, a coin decides between the two."""
     cutmix: float = 0.0
     """Alpha of CutMix's Beta(alpha, alpha); 0 is off."""
+    cutmix_share: float = 0.5
+    """Where both are on: how often CutMix is taken."""
+    mix_probability: float = 1.0
+    """How often anything is mixed."""
+    mix_per: Literal["batch", "image"] = "batch"
+    """Draw how to mix once for a batch, or for each image."""
     mix_at: Literal["input", "cut"] = "input"
     """Mixup of images, or of the features where the frozen prefix ends (manifold mixup, Verma et al., 2019)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"

@@ -62,9 +62,11 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--optim.final-lr": c.optim.final_lr,
         "--train.ema": c.train.ema,
     }
+    inclusive = {"--data.cutmix-share": c.data.cutmix_share, "--data.mix-probability": c.data.mix_probability}
     rules = [(not v > 0, f"{flag} is {v}: give a value above 0") for flag, v in positive.items()]
     rules += [(not v >= 0, f"{flag} is {v}: give 0 or more") for flag, v in not_negative.items()]
     rules += [(not 0 <= v < 1, f"{flag} is {v}: give a share from 0 to below 1") for flag, v in shares.items()]
+    rules += [(not 0 <= v <= 1, f"{flag} is {v}: give a share from 0 to 1") for flag, v in inclusive.items()]
     numbers = {**positive, **not_negative}.items()
     rules += [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
     workers, batch = c.launch.most, c.data.batch_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scipy import stats
@@ -13,8 +15,8 @@ from tldist_kernels import mix_normalize, mixed_cross_entropy
 CPU = torch.device("cpu")
 
 
-def draw(step: int = 0, n: int = 7, **options: float) -> Mix:
-    mix = draw_mix(DataConfig(image_size=32, **options), n, step_generator(CPU, 1, step, 0))  # type: ignore[arg-type]
+def draw(step: int = 0, n: int = 7, **options: Any) -> Mix:
+    mix = draw_mix(DataConfig(image_size=32, **options), n, step_generator(CPU, 1, step, 0))
     assert mix is not None
     return mix
 
@@ -91,6 +93,34 @@ def test_lambda_follows_the_beta_distribution() -> None:
     assert stats.kstest(lams, stats.beta(0.4, 0.4).cdf).pvalue > 0.001
 
 
-def test_both_on_draws_each_half_of_the_time() -> None:
-    cut = sum(float(draw(step, n=2, mixup=0.4, cutmix=1.0).weight_N[0]) == 0 for step in range(1000))
-    assert 430 < cut < 570
+@pytest.mark.parametrize("per", ["batch", "image"])
+@pytest.mark.parametrize(("share", "probability"), [(0.5, 1.0), (0.2, 0.6)])
+def test_coins_fall_as_often_as_was_said(per: str, share: float, probability: float) -> None:
+    """Per batch all images share a draw; per image each has its own."""
+    chosen: dict[str, Any] = {"cutmix_share": share, "mix_probability": probability, "mix_per": per}
+    batches = [draw(step, n=4, mixup=1.0, cutmix=1.0, **chosen) for step in range(1000)]
+    images = [0, 1, 2, 3] if per == "image" else [0]
+    mixed = torch.stack([b.label_weight_N < 1 for b in batches])
+    cut = torch.stack([(b.weight_N == 0) & (b.label_weight_N < 1) for b in batches])
+    assert bool((cut == cut[:, :1]).all()) == (per == "batch")
+    for i in images:
+        assert abs(mixed[:, i].float().mean() - probability) < 0.05
+        assert abs(cut[:, i].float().mean() / mixed[:, i].float().mean() - share) < 0.06
+    lams = [float(b.weight_N[i]) for b in batches for i in images if 0 < b.weight_N[i] < 1]
+    assert stats.kstest(lams, "uniform").pvalue > 0.001
+
+
+@pytest.mark.parametrize("per", ["batch", "image"])
+def test_labels_weigh_what_is_seen(per: Any) -> None:
+    """A white image among black ones: the share of white is the weight of its label."""
+    images = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+    images[2] = 255
+    for step in range(50):
+        mix = draw(step, n=5, mixup=0.4, cutmix=1.0, mix_per=per, mix_probability=0.8)
+        arguments = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4}
+        shown = mix_normalize(images, (0, 0, 0), (1, 1, 1), torch.float32, **arguments).mean(dim=(1, 2, 3))
+        targets = mixed_targets(torch.tensor([0, 0, 1, 0, 0]), mix)
+        assert targets.partner_labels_N is not None
+        assert targets.weight_N is not None
+        white = targets.labels_N * targets.weight_N + targets.partner_labels_N * (1 - targets.weight_N)
+        torch.testing.assert_close(shown, white, rtol=0, atol=1e-5)

@@ -34,41 +34,43 @@ def step_generator(device: torch.device, seed: int, step: int, rank: int) -> tor
 
 
 def draw_mix(config: DataConfig, n: int, generator: torch.Generator) -> Mix | None:
-    """One lambda for the batch, a random partner for each of n images; None when mixing is off.
+    """A random partner for each of n images, and how much of it, for the batch or for each image; None: mixing is off.
 
     Mixup (Zhang et al., 2018): lambda ~ Beta(alpha, alpha) over the whole image. CutMix (Yun et al., 2019): a box
-    of area share 1 - lambda, its centre uniform, clipped at the border. With both on, a fair coin decides.
+    of area share 1 - lambda, its centre uniform, clipped at the border. With both on, a coin decides.
     """
     if not (config.mixup or config.cutmix):
         return None
-    device, size = generator.device, config.image_size
+    device, size, draws = generator.device, config.image_size, n if config.mix_per == "image" else 1
     partner = torch.randperm(n, generator=generator, device=device)
     # No tensor is made from Python numbers here: on a GPU that would be a copy the host waits for.
-    share_cut = 0.5 if config.mixup and config.cutmix else float(config.cutmix > 0)
-    cut = torch.rand((), generator=generator, device=device) < share_cut
-    lam = torch.where(cut, _beta(config.cutmix, generator), _beta(config.mixup, generator))
-    whole = torch.arange(4, device=device).div(2, rounding_mode="floor") * size  # 0, 0, size, size
-    box = torch.where(cut, _cut_box(lam, size, generator), whole)
-    area = ((box[2] - box[0]) * (box[3] - box[1])).float() / (size * size)
-    weight = torch.where(cut, torch.zeros_like(lam), lam)
-    label_weight = torch.where(cut, 1 - area, lam)
-    return Mix(partner, weight.expand(n), box.int().expand(n, 4).contiguous(), label_weight.expand(n))
+    share_cut = config.cutmix_share if config.mixup and config.cutmix else float(config.cutmix > 0)
+    cut_K = torch.rand(draws, generator=generator, device=device) < share_cut
+    lam_K = torch.where(cut_K, _beta(config.cutmix, draws, generator), _beta(config.mixup, draws, generator))
+    if config.mix_probability < 1:
+        lam_K = lam_K.masked_fill(torch.rand(draws, generator=generator, device=device) >= config.mix_probability, 1.0)
+    whole_4 = torch.arange(4, device=device).div(2, rounding_mode="floor") * size  # 0, 0, size, size
+    boxes_K4 = torch.where(cut_K[:, None], _cut_boxes(lam_K, size, generator), whole_4)
+    area_K = ((boxes_K4[:, 2] - boxes_K4[:, 0]) * (boxes_K4[:, 3] - boxes_K4[:, 1])).float() / (size * size)
+    weight_K = lam_K.masked_fill(cut_K, 0.0)
+    label_weight_K = torch.where(cut_K, 1 - area_K, lam_K)
+    return Mix(partner, weight_K.expand(n), boxes_K4.int().expand(n, 4).contiguous(), label_weight_K.expand(n))
 
 
-def _beta(alpha: float, generator: torch.Generator) -> Tensor:
-    """One draw of Beta(alpha, alpha); 1 when alpha is 0. torch.distributions cannot take a generator, its op can."""
+def _beta(alpha: float, draws: int, generator: torch.Generator) -> Tensor:
+    """Draws of Beta(alpha, alpha); 1 when alpha is 0. torch.distributions cannot take a generator, its op can."""
     if not alpha:
-        return torch.ones((), device=generator.device)
-    both = torch.full((2,), alpha, device=generator.device)
-    return torch._sample_dirichlet(both, generator=generator)[0]  # pyright: ignore[reportPrivateImportUsage]
+        return torch.ones(draws, device=generator.device)
+    both_K2 = torch.full((draws, 2), alpha, device=generator.device)
+    return torch._sample_dirichlet(both_K2, generator=generator)[:, 0]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _cut_box(lam: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    side = (size * torch.sqrt(1 - lam)).long()
-    centre = torch.randint(size, (2,), generator=generator, device=lam.device)
-    low = (centre - side // 2).clamp(0, size)
-    high = (centre - side // 2 + side).clamp(0, size)
-    return torch.cat([low, high])
+def _cut_boxes(lam_K: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    side_K1 = (size * torch.sqrt(1 - lam_K)).long()[:, None]
+    centre_K2 = torch.randint(size, (len(lam_K), 2), generator=generator, device=lam_K.device)
+    low_K2 = (centre_K2 - side_K1 // 2).clamp(0, size)
+    high_K2 = (centre_K2 - side_K1 // 2 + side_K1).clamp(0, size)
+    return torch.cat([low_K2, high_K2], dim=1)
 
 
 def mix_features(features: Tensor, mix: Mix) -> Tensor:

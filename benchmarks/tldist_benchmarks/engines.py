@@ -5,31 +5,26 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from tldist import backbones, dist
-from tldist.config import EngineConfig, ModelConfig, ModelName, OptimConfig, UserError
+from tldist.config import EngineConfig, ModelConfig, ModelName, OptimConfig
 from tldist.engine import Engine, build_engine, numerics
 from tldist.engine.base import HeldBytes
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.plan import Phase
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness
+from tldist_benchmarks import harness, report
 from tldist_benchmarks.harness import Measured, show, synchronize
 from tldist_benchmarks.pool import CLASSES
 
@@ -169,67 +164,35 @@ def rows(measured: Measured, held: dict[str, HeldBytes]) -> list[dict[str, Any]]
     ]
 
 
-def print_table(settings: Settings, found: list[dict[str, Any]]) -> None:
-    """To stdout."""
+def table(settings: Settings, found: list[dict[str, Any]]) -> Table:
+    """Times over ddp's, and MiB."""
     s = settings
     title = f"{s.model}, {s.image_size} px, {s.batch_size} images on each of {s.workers} workers, {s.precision}; MiB"
-    table = Table(title=title, box=box.SIMPLE)
-    names = (
-        "engine",
-        "step ms",
-        "p20",
-        "p80",
-        "over ddp",
-        "p20",
-        "p80",
-        "CPU ms",
-        "over ddp",
-        "weights",
-        "gradients",
-        "optimizer",
-    )
-    for name in names:
-        table.add_column(name, justify="left" if name == "engine" else "right")
+    held = ("weights", "gradients", "optimizer")
+    columns = ("step ms", "p20", "p80", "over ddp", "p20", "p80", "CPU ms", "over ddp", *held)
+    made = report.table(title, "engine", columns)
     for row in found:
         times = [f"{row[key]:.0f}" for key in ("step_ms", "step_ms_p20", "step_ms_p80")]
         ratios = [f"{row[key]:.3f}" for key in ("over_ddp", "over_ddp_p20", "over_ddp_p80")]
-        sizes = [f"{row[f'{part}_mib']:.1f}" for part in ("weights", "gradients", "optimizer")]
-        cpu = (f"{row['cpu_ms']:.0f}", f"{row['cpu_over_ddp']:.3f}")
-        table.add_row(row["variant"], *times, *ratios, *cpu, *sizes)
-    Console(width=132).print(table)
+        sizes = [f"{row[f'{part}_mib']:.1f}" for part in held]
+        made.add_row(row["variant"], *times, *ratios, f"{row['cpu_ms']:.0f}", f"{row['cpu_over_ddp']:.3f}", *sizes)
+    return made
+
+
+def run(settings: Settings) -> None:
+    """Measure, print, write. Raises UserError."""
+    measured, held, facts = measure(settings)
+    found = rows(measured, held)
+    report.print_tables(table(settings, found))
+    sizes = {k: {f"{part}_mib": harness.Series((n / 2**20,)) for part, n in asdict(h).items()} for k, h in held.items()}
+    both = {kind: {**metrics, **sizes[kind]} for kind, metrics in measured.items()}
+    report.write(f"engines-{settings.model}", settings, facts, both, found, {})
 
 
 def bench(words: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    if {"-h", "--help"} & set(words):
-        print(f"{harness.usage(Settings, 'engines')}\n\n{(__doc__ or '').splitlines()[0]}")
-        return 0
-    settings = harness.parse(words, Settings, "engines")
-    harness.check_writable(Path(settings.out), *([Path(settings.json)] if settings.json else []))
-    measured, held, facts = measure(settings)
-    found = rows(measured, held)
-    print_table(settings, found)
-    flags = {k: v for k, v in asdict(settings).items() if k not in ("json", "out")}
-    path = Path(settings.out) / f"engines-{settings.model}-{time.strftime('%Y-%m-%d')}.csv"
-    sizes = {k: {f"{part}_mib": harness.Series((n / 2**20,)) for part, n in asdict(h).items()} for k, h in held.items()}
-    both = {kind: {**metrics, **sizes[kind]} for kind, metrics in measured.items()}
-    harness.append_csv(path, {"bench": "engines", **facts, **flags}, both)
-    print(f"rows: {path}")
-    if settings.json:
-        Path(settings.json).write_text(
-            json.dumps({"environment": facts, "flags": flags, "rows": found}, indent=1) + "\n"
-        )
-    return 0
-
-
-def main() -> None:
-    """Without the launcher: `python -m tldist_benchmarks.engines`."""
-    try:
-        sys.exit(bench(sys.argv[1:]))
-    except UserError as error:
-        print(f"tldist: {error}", file=sys.stderr)
-        sys.exit(2)
+    return harness.command(words, Settings, "engines", __doc__ or "", run)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(bench)

@@ -181,6 +181,28 @@ def _value(flag: str, text: str, kind: Any) -> Any:
     return number
 
 
+def command(
+    words: Sequence[str], settings: type[Settings], name: str, doc: str, run: Callable[[Settings], None]
+) -> int:
+    """A bench's command: --help, or flags, and then `run`. Raises UserError."""
+    if {"-h", "--help"} & set(words):
+        print(f"{usage(settings, name)}\n\n{doc.splitlines()[0]}")
+        return 0
+    asked: Any = parse(words, settings, name)
+    check_writable(Path(asked.out), *([Path(asked.json)] if asked.json else []))
+    run(asked)
+    return 0
+
+
+def main(bench: Callable[[Sequence[str]], int]) -> None:
+    """Without the launcher: `python -m tldist_benchmarks.NAME`."""
+    try:
+        sys.exit(bench(sys.argv[1:]))
+    except UserError as error:
+        print(f"tldist: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 def usage(settings: type, command: str) -> str:
     """One line with every flag and its default."""
     flags = [f"[--{f.name.replace('_', '-')} {f.default or f.name.upper()}]" for f in dataclasses.fields(settings)]

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,11 +16,9 @@ from typing import Any, Literal
 
 import torch
 import torch._dynamo
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from tldist import dist, plots
+from tldist import dist
 from tldist.config import (
     CacheConfig,
     CheckpointConfig,
@@ -47,11 +42,12 @@ from tldist.phase import begin_phase
 from tldist.prefix import Prefix
 from tldist.run import Run
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness
+from tldist_benchmarks import harness, report
 from tldist_benchmarks.ceiling import Ceiling
 from tldist_benchmarks.harness import Measured, Series, Turn, show, synchronize
 from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING, PlainProcess, PlainSpec, plain_model
 from tldist_benchmarks.pool import CLASSES, Pool, build_run, draw_pool
+from tldist_benchmarks.report import shown
 
 HEAD, PARTIAL = 1, 2
 """Stages that train, counted from the output: the head; the last stage of the trunk as well."""
@@ -59,8 +55,6 @@ CACHED_STEPS = 32
 """Steps of an epoch from cached features of the whole trunk: enough of them to be measured, and to be filled."""
 EPOCHS = 10
 """Of feature extraction, in a turn of `fe_cached` and in `fe_ten_epochs_vs_full`."""
-
-TABLE_WIDTH = 132
 
 TARGETS: dict[str, dict[str, float]] = {
     "resnet18": {"full_vs_lecture": 2.3},
@@ -348,54 +342,17 @@ def rows(measured: Measured, variants: dict[str, Variant]) -> list[dict[str, Any
 # What is written
 
 
-def print_tables(settings: Settings, found: list[dict[str, Any]], compared: dict[str, Series]) -> None:
-    """Variants, then ratios beside their targets."""
-    narrow = Console()
-    console = Console(width=max(narrow.width, TABLE_WIDTH))  # a terminal may wrap the lines; cut numbers tell nothing
-    console.print(_variant_table(settings, found))
-    console.print(_ratio_table(settings, compared))
-
-
-def _variant_table(settings: Settings, found: list[dict[str, Any]]) -> Table:
+def variant_table(settings: Settings, found: list[dict[str, Any]]) -> Table:
+    """Rates, arithmetic, and what was paid before the first step."""
     s = settings
     title = f"{s.model}, {s.image_size} px, batch {s.batch_size}, {s.precision}, compile {s.compile}: medians of rounds"
-    table = _table(title, "MFU: share of conv_ceiling")
-    table.add_column("variant", no_wrap=True)
-    for name in ("images/s", "p20..p80", "x lecture", "GF/image", "TF/s", "MFU", "compile s", "fill s", "fill img/s"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("images/s", "p20..p80", "x lecture", "GF/image", "TF/s", "MFU", "compile s", "fill s", "fill img/s")
+    table = report.table(title, "variant", columns, "MFU: share of conv_ceiling")
     for row in found:
-        spread = f"{_shown(row['images_per_s_p20'])}..{_shown(row['images_per_s_p80'])}" if row["images_per_s"] else ""
+        spread = f"{shown(row['images_per_s_p20'])}..{shown(row['images_per_s_p80'])}" if row["images_per_s"] else ""
         keys = ("times_lecture", "gflops_per_image", "tflops_per_s", "mfu", "compile_s", "fill_s", "fill_images_per_s")
-        table.add_row(row["variant"], _shown(row["images_per_s"]), spread, *(_shown(row[key]) for key in keys))
+        table.add_row(row["variant"], shown(row["images_per_s"]), spread, *(shown(row[key]) for key in keys))
     return table
-
-
-def _ratio_table(settings: Settings, compared: dict[str, Series]) -> Table:
-    targets = TARGETS.get(settings.model, {})
-    table = _table("ratios: medians of the rounds' ratios")
-    table.add_column("ratio", no_wrap=True)
-    for name in ("median", "p20..p80", "target (2 CPU cores)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, series in compared.items():
-        spread = f"{_shown(series.percentile(0.2))}..{_shown(series.percentile(0.8))}"
-        target = f"at least {targets[name]:g}" if name in targets else ""
-        table.add_row(name, _shown(series.median), spread, target)
-    return table
-
-
-def _table(title: str, caption: str | None = None) -> Table:
-    return Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-
-
-def _shown(value: float | None) -> str:
-    """Three digits, none after the point from a hundred on and at most three there."""
-    if value is None:
-        return ""
-    if 0 < value < 0.001:
-        return "<0.001"
-    return f"{value:,.0f}" if value >= 100 else f"{float(f'{value:.3g}'):.3f}".rstrip("0").rstrip(".")
 
 
 def draw(settings: Settings, found: list[dict[str, Any]], path: Path) -> None:
@@ -404,25 +361,7 @@ def draw(settings: Settings, found: list[dict[str, Any]], path: Path) -> None:
     del speeds["prefix"]
     fastest = speeds.pop("fe_cached")
     title = f"{settings.model}: images/s,\ntimes the lecture's loop\n(fe_cached: {fastest:,.0f})"
-    figure = plots.bars(title, speeds, lambda value: f"{value:.2f}")
-    assert figure is not None  # the lecture's own bar is there
-    plots.png(figure, path)
-
-
-def write(settings: Settings, found: list[dict[str, Any]], measured: Measured, device: torch.device) -> None:
-    """The CSV, the chart and, where it is wanted, the JSON."""
-    compared = ratios(measured)
-    facts = {"bench": "strategies", **harness.facts(device)}
-    asked = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings) if f.name not in ("json", "out")}
-    environment = {**facts, **asked, "optimizer": "adamw", "classes": CLASSES}
-    stem = Path(settings.out) / f"strategies-{settings.model}-{time.strftime('%Y-%m-%d')}"
-    harness.append_csv(stem.with_suffix(".csv"), environment, {**measured, "ratios": compared})
-    draw(settings, found, stem.with_suffix(".png"))
-    if settings.json:
-        medians = {name: series.median for name, series in compared.items()}
-        told = {"environment": environment, "rows": found, "ratios": medians}
-        Path(settings.json).write_text(json.dumps(told, indent=1) + "\n")
-    print(f"rows: {stem}.csv, chart: {stem}.png")
+    report.chart(title, speeds, path)
 
 
 def measure(settings: Settings, device: torch.device) -> tuple[Measured, list[dict[str, Any]]]:
@@ -441,31 +380,26 @@ def measure(settings: Settings, device: torch.device) -> tuple[Measured, list[di
     return measured, rows(measured, bench.variants)
 
 
-def bench(words: Sequence[str]) -> int:
-    """The command. Raises UserError."""
-    if {"-h", "--help"} & set(words):
-        print(f"{harness.usage(Settings, 'strategies')}\n\n{(__doc__ or '').splitlines()[0]}")
-        return 0
-    settings = harness.parse(words, Settings, "strategies")
+def run(settings: Settings) -> None:
+    """Measure, print, write. Raises UserError."""
     settings.validate()
-    harness.check_writable(Path(settings.out), *([Path(settings.json)] if settings.json else []))
     device = dist.local_device()
     # Where a model was compiled too often, torch would silently go on without: that must not be measured.
     with harness.worker_threads(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         measured, found = measure(settings, device)
-        print_tables(settings, found, ratios(measured))
-        write(settings, found, measured, device)
-    return 0
+        compared = ratios(measured)
+        report.print_tables(
+            variant_table(settings, found), report.ratio_table(compared, TARGETS.get(settings.model, {}))
+        )
+        environment = {**harness.facts(device), "optimizer": "adamw", "classes": CLASSES}
+        path = report.write(f"strategies-{settings.model}", settings, environment, measured, found, compared)
+        draw(settings, found, path.with_suffix(".png"))
 
 
-def main() -> None:
-    """Without the launcher: `python -m tldist_benchmarks.strategies`."""
-    try:
-        sys.exit(bench(sys.argv[1:]))
-    except UserError as error:
-        print(f"tldist: {error}", file=sys.stderr)
-        sys.exit(2)
+def bench(words: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    return harness.command(words, Settings, "strategies", __doc__ or "", run)
 
 
 if __name__ == "__main__":
-    main()
+    harness.main(bench)

@@ -44,8 +44,15 @@ def _engines(words: Sequence[str]) -> int:
     return engines.bench(words)
 
 
+def _loaders(words: Sequence[str]) -> int:
+    from tldist_benchmarks import loaders
+
+    return loaders.bench(words)
+
+
 BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "strategies": _strategies,
     "kernels": _kernels,
     "engines": _engines,
+    "loaders": _loaders,
 }

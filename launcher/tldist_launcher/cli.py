@@ -142,7 +142,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     ),
     "bench": (
         _bench,
-        "bench strategies | kernels | engines [--flag VALUE ...]",
+        "bench strategies | loaders | kernels | engines [--flag VALUE ...]",
         "measure this machine; rows and a chart to files",
     ),
     "doctor": (_doctor, "doctor", "what this machine has, and what is missing"),

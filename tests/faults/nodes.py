@@ -111,7 +111,18 @@ def works_for_a_run(pid: int) -> bool:
     return title.startswith("ray::") and not title.startswith(tuple(f"ray::{name}" for name in _LIVE_ON))
 
 
-# The cleaner of a driver that was killed is Ray's own, takes no CPU, and asks for minutes whether its run is gone.
+def end_cleaners(mark: str) -> None:
+    """End what Ray leaves of drivers that were killed; for when no run is under way.
+
+    Each such run leaves an actor of 200 MB that asks the dashboard whether its controller lives, without end where
+    there is no dashboard: fifteen of them and Ray's memory monitor began to kill workers.
+    """
+    for pid in marked(mark):
+        with contextlib.suppress(OSError):
+            if b"ray::PlacementGroupCleaner" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+
 _LIVE_ON = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinatorActor", "PlacementGroupCleaner")
 
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nodes import environment, is_alive, marked, works_for_a_run
+from nodes import end_cleaners, environment, is_alive, marked, works_for_a_run
 
 from tldist.tracking.runlog import parse
 
@@ -209,3 +209,4 @@ class Run:
             self.signal(signal.SIGKILL)
         for pid in self.left_processes(30):
             os.kill(pid, signal.SIGKILL)
+        end_cleaners(f"TLDIST_OBSERVE={self.bench.observed}")

@@ -24,6 +24,7 @@ from tldist.data.presets import (
     PRESETS,
     SIGNED_OPS,
     AugmentSpec,
+    PolicyName,
     augment_spec,
     magnitude_range,
 )
@@ -159,7 +160,8 @@ def test_policies_draw_as_their_papers_say() -> None:
 
 def test_the_policies_ranges_are_dalis() -> None:
     rand, wide = get_rand_augment_suite(use_shape=True), get_trivial_augment_wide_suite(max_translate_abs=32)
-    for policy, suite in (("rand", rand), ("trivial", wide)):
+    suites: tuple[tuple[PolicyName, Any], ...] = (("rand", rand), ("trivial", wide))
+    for policy, suite in suites:
         assert tuple(op.name for op in suite) == POLICY_OPS
         for op in suite:
             low, high = magnitude_range(policy, op.name, 1)

@@ -117,7 +117,7 @@ def test_labels_weigh_what_is_seen(per: Any) -> None:
     images[2] = 255
     for step in range(50):
         mix = draw(step, n=5, mixup=0.4, cutmix=1.0, mix_per=per, mix_probability=0.8)
-        arguments = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4}
+        arguments: dict[str, Any] = {"partner_N": mix.partner_N, "weight_N": mix.weight_N, "boxes_N4": mix.boxes_N4}
         shown = mix_normalize(images, (0, 0, 0), (1, 1, 1), torch.float32, **arguments).mean(dim=(1, 2, 3))
         targets = mixed_targets(torch.tensor([0, 0, 1, 0, 0]), mix)
         assert targets.partner_labels_N is not None

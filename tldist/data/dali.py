@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from nvidia.dali import fn as _fn
 from nvidia.dali import types as _types
-from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.auto_aug import augmentations as _augmentations
 from nvidia.dali.auto_aug.core import select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
@@ -30,6 +30,7 @@ from tldist.data.presets import BINS, TRIVIAL_TRANSLATE, AugmentSpec, PolicyName
 
 fn: Any = _fn  # its stubs allow no tensors as arguments, which is the point of this pipeline
 types: Any = _types
+augmentations: Any = _augmentations
 
 
 @pipeline_def(enable_conditionals=True)

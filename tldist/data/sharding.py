@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from tldist.config import UserError
 from tldist.data.index import SPLITS, Index, Split
 from tldist.data.shards import CLASSES, MANIFEST, UNFINISHED, Row, is_shards, is_unfinished, manifest, read_bytes
 from tldist.data.torchvision_loader import read_rgb, resized_crop
-from tldist.data.verify import Progress, num_workers, write_atomically
+from tldist.data.verify import Progress, num_workers
 
 IMAGES_PER_SHARD = 1000
 """A shard of ImageNet's photos is 110 MB then: large enough to be read in one go, and many enough for any cluster."""
@@ -89,7 +90,7 @@ def write_shards(
     try:
         out.mkdir(parents=True, exist_ok=True)
         # From here to the end, whoever looks at the folder is told that it is not finished.
-        write_atomically(out / MANIFEST, UNFINISHED)
+        _replace(out / MANIFEST, UNFINISHED)
         return _write(index, out, size, images_per_shard, seed, progress)
     except BaseException as error:
         _remove(out, existed)
@@ -128,8 +129,18 @@ def _write(index: Index, out: Path, size: int, images_per_shard: int, seed: int,
                             progress(next(done), total)
     sizes = {tar: (out / tar).stat().st_size for tar in rows}
     (out / CLASSES).write_text("".join(f"{name}\n" for name in index.classes))
-    write_atomically(out / MANIFEST, manifest(index.classes, rows, sizes))
+    _replace(out / MANIFEST, manifest(index.classes, rows, sizes))
     return Written(total, len(rows), before, sum(sizes.values()))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file in one step, readable by whoever may read the shards."""
+    draft = path.with_name(f".{path.name}")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def _order(images: int, seed: int, split: int) -> np.ndarray:
@@ -142,8 +153,8 @@ def _keys(paths: Iterable[str]) -> list[str]:
     for path in paths:
         stem = path.partition("/")[2]
         stem = stem.removesuffix(Path(stem).suffix).replace(".", "_")
-        copies = (f"{stem}-{i}" for i in itertools.count(2))
-        keys[next(key for key in (stem, *copies) if key not in keys) if stem in keys else stem] = None
+        copies = itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2)))
+        keys[next(key for key in copies if key not in keys)] = None
     return list(keys)
 
 
@@ -164,7 +175,8 @@ def _encode(root: str, split: Split, i: int, size: int) -> _Encoded:
         raise UserError(f"{path} changed while the shards were being written: start again")
     scale = size / min(height, width)
     small = max(size, round(height * scale)), max(size, round(width * scale))
-    jpeg_B = encode_jpeg(resized_crop(image_CHW, [0, 0, height, width], list(small)), quality=QUALITY)
+    small_CHW = resized_crop(image_CHW, [0, 0, height, width], list(small))
+    jpeg_B: Tensor = encode_jpeg(small_CHW, quality=QUALITY)  # type: ignore[assignment]
     return _Encoded(jpeg_B.numpy().tobytes(), small, len(data))
 
 

@@ -14,7 +14,6 @@ import posixpath
 import re
 import tarfile
 import weakref
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,15 +222,17 @@ def _from_manifest(root: Path) -> Shards:
 
 
 def _check_size(tar: Path, expected: int, again: str) -> None:
-    try:
-        found = tar.stat().st_size
-    except OSError as error:
-        raise UserError(
-            f"cannot read {tar}, which {MANIFEST} lists ({error.strerror}): copy it here or {again}"
-        ) from error
+    found = _stat(tar, f"copy it here or {again}").st_size
     if found != expected:
         what = "cut off" if found < expected else "changed"
         raise UserError(f"{tar} is {what}: it has {found} bytes, not {expected} as written: copy it anew or {again}")
+
+
+def _stat(tar: Path, mend: str) -> os.stat_result:
+    try:
+        return tar.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {tar} ({error.strerror}): {mend}") from error
 
 
 def _digest(body: dict[str, Any]) -> str:
@@ -262,9 +263,7 @@ def headers(tar: Path) -> list[tuple[str, int, int]]:
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {end}")
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(
-            f"{tar} is damaged, cut off or no uncompressed tar ({error}): copy or write it again"
-        ) from error
+        raise UserError(f"{tar} is damaged, cut off or no plain tar ({error}): copy or write it again") from error
     for name, *_ in found:
         if name != name.encode(errors="replace").decode():
             raise UserError(f"{tar} holds a name that is not UTF-8 ({name!a}): write it again with another")
@@ -322,7 +321,7 @@ def _list_tars(
     base = cache_path(root)
     cache = base and base.with_suffix(".tars.json")
     old = recall(cache, _VERSION)
-    stats = {tar.name: tar.stat() for tar in tars}
+    stats = {tar.name: _stat(tar, "copy it here, or remove it") for tar in tars}
     known = {
         name: [_Listed(*image) for image in old[name][2]]
         for name, stat in stats.items()
@@ -343,13 +342,9 @@ def _list_tar(tar: Path) -> list[_Listed]:
     images = {key: entry for key, extension, entry in keyed if extension in EXTENSIONS}
     found = [_Listed(*entry, labels.get(key, "no .cls file gives its class")) for key, entry in images.items()]
     lonely = [entry for key, extension, entry in keyed if extension == "cls" and key not in images]
-    return found + [_Listed(*entry, f"no image beside it ({_any_of(EXTENSIONS)})") for entry in lonely]
+    return found + [_Listed(*entry, f"no image beside it ({', '.join(EXTENSIONS)})") for entry in lonely]
 
 
 def _label(cls: Member) -> int | str:
     text = read_bytes(cls._replace(num_bytes=min(cls.num_bytes, 100))).tobytes().decode(errors="replace").strip()
     return int(text) if text.isascii() and text.isdigit() else f"its .cls file says '{text}', not a class's number"
-
-
-def _any_of(words: Iterable[str]) -> str:
-    return ", ".join(words)

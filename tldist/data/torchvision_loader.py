@@ -88,7 +88,7 @@ def read_rgb(place: Place) -> Tensor:
             return image
     except RuntimeError:
         pass  # BMP, TIFF and CMYK JPEGs are not torchvision's
-    with Image.open(io.BytesIO(data_B)) as opened:
+    with Image.open(io.BytesIO(data_B.tobytes())) as opened:
         turned = ImageOps.exif_transpose(opened).convert("RGB")
     return torch.from_numpy(np.array(turned)).permute(2, 0, 1)
 

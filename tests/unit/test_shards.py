@@ -35,7 +35,7 @@ from tldist.config import (
     UserError,
 )
 from tldist.data import sharding, shards
-from tldist.data.augment import PRESETS
+from tldist.data.augment import PRESETS, AugmentSpec
 from tldist.data.batches import BatchPlan, Worker, eval_batches, num_lanes, shard_order, train_batches, train_ids
 from tldist.data.index import Index, Split, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import DecodeError, open_loader
@@ -484,9 +484,11 @@ def test_an_interrupted_writing_leaves_nothing(
 
 
 def _write_until_killed(index: Index, out: Path) -> None:
-    write_shards(
-        index, out, images_per_shard=PER_SHARD, progress=lambda done, _: done == 30 and os.kill(os.getpid(), 9)
-    )
+    def kill(done: int, _: int) -> None:
+        if done == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_shards(index, out, images_per_shard=PER_SHARD, progress=kill)
 
 
 def test_a_killed_writing_leaves_nothing_that_could_be_used(folder: Path, tmp_path: Path) -> None:

@@ -110,10 +110,10 @@ class StrategyConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """The image folder, how it is read, and what is done to its images."""
+    """The image folder or shards, how they are read, and what is done to the images."""
 
     root: str = ""
-    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg."""
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train-*.tar and val-*.tar (`tldist data shard`)."""
     batch_size: int = 32
     """Images per optimizer step, over all workers together."""
     image_size: int = 224
@@ -140,8 +140,11 @@ class DataConfig(Section):
     pixels: Literal["off", "memory", "disk"] = "off"
     """Decode each file once a run; keep its pixels in memory, or on the run directory's disk, for torchvision's loader.
     They are kept at the size that evaluation resizes to: training crops are cut from a smaller picture, and softer."""
+    shuffle_window: int = 10_000
+    """Of shards, which are read nearly in order: an image comes at most about so many images earlier or later than it
+    is stored, in an order of the shards drawn anew each epoch. An image folder is shuffled in full."""
     classes: tuple[str, ...] = ()
-    """Use only these class folders (default: all)."""
+    """Use only these classes (default: all)."""
     train_images_per_class: int = 0
     """Train on this many images of each class, drawn by the seed; 0: all."""
 

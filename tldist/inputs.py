@@ -82,6 +82,7 @@ class ImageInputs:
                 epoch,
                 self.run.worker,
                 first,
+                config.data.shuffle_window,
             )
         )
 
@@ -141,8 +142,10 @@ class CachedInputs:
 
     def train(self, epoch: int, first: int = 0) -> Iterator[FeatureBatch]:
         """The view of epoch e is that of epoch e mod K."""
-        config, images = self.run.config, len(self.run.index.train)
-        ids = train_ids(images, config.data.batch_size, config.seed, epoch, self.run.worker, first)
+        data, config = self.run.config.data, self.run.config
+        ids = train_ids(
+            self.run.index.train, data.batch_size, config.seed, epoch, self.run.worker, first, data.shuffle_window
+        )
         return self._batches("train", epoch % config.cache.views, list(ids))
 
     def val(self) -> Iterator[FeatureBatch]:

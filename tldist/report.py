@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from tldist import plots
+from tldist.data.shards import read_path
 from tldist.tracking import wording
 from tldist.tracking.runlog import RunLog, read
 from tldist.tracking.wording import number, whole
@@ -331,7 +332,7 @@ def _thumbnail(path: Path) -> str:
     """The picture's centre as a `data:` URI, at twice its size on the page for dense screens."""
     side = 2 * THUMBNAIL_PX
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_path(path))) as image:
             image.draft("RGB", (2 * side, 2 * side))
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

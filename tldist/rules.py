@@ -42,6 +42,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--data.mixup": c.data.mixup,
         "--data.cutmix": c.data.cutmix,
         "--data.threads": c.data.threads,
+        "--data.shuffle-window": c.data.shuffle_window,
         "--data.train-images-per-class": c.data.train_images_per_class,
         "--optim.weight-decay": c.optim.weight_decay,
         "--optim.warmup-epochs": c.optim.warmup_epochs,

@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no command '{name}'{nearest(name, COMMANDS)}: choose from {', '.join(COMMANDS)}")
         command, usage, text = COMMANDS[name]
         if name not in ("train", "plan", "bench") and {"-h", "--help"} & set(rest):
-            print(f"usage: tldist {usage}\n\n{text}")
+            print(f"usage: tldist {usage}\n\n{text}{_details(name)}")
             return 0
         return command(rest)
     except UserError as error:
@@ -50,12 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = "\n".join(f"  tldist {usage:<52} {text}" for _, usage, text in COMMANDS.values())
+    lines = "\n".join(f"  tldist {usage:<56} {text}" for _, usage, text in COMMANDS.values())
     title, more = (
         "Transfer learning on images, at full speed and right.",
         "Add --help to train, plan or bench NAME for all flags.",
     )
     return f"{title}\n\n{lines}\n\n{more}"
+
+
+def _details(name: str) -> str:
+    if name != "data":
+        return ""
+    from tldist_launcher.data import HELP
+
+    return f"\n\n{HELP}"
 
 
 def _train(words: Sequence[str]) -> int:
@@ -95,10 +103,10 @@ def _demo(words: Sequence[str]) -> int:
 def _data(words: Sequence[str]) -> int:
     from tldist_launcher import data
 
-    commands = {"fetch": data.fetch_command, "check": data.check_command}
+    commands = {"fetch": data.fetch_command, "check": data.check_command, "shard": data.shard_command}
     if not words or words[0] not in commands:
         given = words[0] if words else ""
-        raise UserError(f"tldist data needs a command{nearest(given, commands)}: {' or '.join(commands)}")
+        raise UserError(f"tldist data needs a command{nearest(given, commands)}: {', '.join(commands)}")
     return commands[words[0]](words[1:])
 
 
@@ -137,8 +145,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (
         _data,
-        "data fetch NAME --root DIR [--from DIR] | check ROOT",
-        "write a data set, or look through one",
+        "data fetch NAME --root DIR | check ROOT | shard ROOT OUT",
+        "write a data set, look through one, or pack it into tar shards",
     ),
     "bench": (
         _bench,

@@ -1,9 +1,10 @@
-"""`tldist data fetch` and `tldist data check`."""
+"""`tldist data fetch`, `tldist data check` and `tldist data shard`."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -11,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tldist.config import UserError, nearest
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
-from tldist_launcher.arguments import parse_flags
+from tldist.data.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_folders, write_shards
+from tldist_launcher.arguments import as_number, parse_flags, take_flags
 
 
 def fetch_command(words: Sequence[str]) -> int:
@@ -42,12 +44,48 @@ def check_command(words: Sequence[str]) -> int:
     """`check ROOT`: what training would see, and every file it would skip."""
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError("name one folder: tldist data check ROOT")
-    columns = (TextColumn("looking at images"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task("check", total=None)
-        index = build_index(Path(words[0]).expanduser(), progress=lambda n, of: bar.update(task, completed=n, total=of))
+    with _bar("looking at images") as progress:
+        index = build_index(Path(words[0]).expanduser(), progress=progress)
     _print_index(index)
     return 0
+
+
+def shard_command(words: Sequence[str]) -> int:
+    """`shard ROOT OUT [--size PIXELS] [--images-per-shard N] [--seed N]`: an image folder as tar shards."""
+    known = {"--size": "0", "--images-per-shard": str(IMAGES_PER_SHARD), "--seed": str(SEED)}
+    flags, folders = take_flags(words, known)
+    if unknown := [word for word in folders if word.startswith("-")]:
+        hint = nearest(unknown[0].partition("=")[0], known)
+        raise UserError(f"tldist data shard has no flag {unknown[0]}{hint}: it takes {', '.join(known)}")
+    if len(folders) != 2:
+        raise UserError("name two folders, of the images and for the shards: tldist data shard ROOT OUT")
+    size, per_shard, seed = (_at_least(flag, flags[flag], low) for flag, low in zip(known, (0, 1, 0), strict=True))
+    root, out = (Path(folder).expanduser() for folder in folders)
+    check_folders(root, out)  # before every image is looked at
+    with _bar("looking at images") as progress:
+        index = build_index(root, progress=progress)
+    _print_skipped(index)
+    with _bar("writing shards") as progress:
+        written = write_shards(index, out, size, per_shard, seed, progress)
+    before, after = written.bytes_before / 2**30, written.bytes_after / 2**30
+    print(f"{out}: {written.images:,} images in {written.shards:,} shards, {after:.3f} GiB ({before:.3f} GiB before)")
+    return 0
+
+
+def _at_least(flag: str, value: str, low: int) -> int:
+    number = as_number(flag, value, int)
+    if number < low:
+        raise UserError(f"{flag} is {number}: give {low} or more")
+    return number
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal; gives the function that moves it to (done, in all)."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_index(index: Index) -> None:
@@ -56,7 +94,26 @@ def _print_index(index: Index) -> None:
     for name, split in (("train", index.train), ("val", index.val)):
         short = split.sizes_N2.min(axis=1)
         print(f"{name}: {len(split.paths):,} images, short side {short.min()} to {short.max()} px")
+    _print_skipped(index)
+    print(f"fingerprint: {index.fingerprint}")
+
+
+def _print_skipped(index: Index) -> None:
     print(f"skipped: {len(index.skipped)}")
     for skipped in index.skipped:
         print(f"  {skipped.path}: {skipped.reason}")
-    print(f"fingerprint: {index.fingerprint}")
+
+
+HELP = f"""\
+  fetch NAME --root DIR [--from DIR]
+      Write a published data set as an image folder: {", ".join(DATASETS)}.
+      --from: a folder that holds its archives already.
+  check ROOT
+      What training would see in an image folder, or in shards, and every file that it would skip.
+  shard ROOT OUT [--size PIXELS] [--images-per-shard N] [--seed N]
+      Write the image folder ROOT to OUT as tar shards (train-000000.tar, ...) that --data.root takes and the
+      webdataset library reads: few large files, for a million images or a network file system.
+      --size: scale images whose short side is longer down to so many pixels there, as JPEGs of quality {QUALITY},
+          upright; smaller ones are copied as they are. Without it all files are.
+      --images-per-shard: at most so many in each tar (default {IMAGES_PER_SHARD}).
+      --seed: of the random order in which they are stored (default {SEED})."""

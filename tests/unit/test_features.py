@@ -259,7 +259,7 @@ def test_a_fill_shows_the_views_of_its_epoch(photos: Path) -> None:
     (trained,) = train_batches(split, spec, 32, 40, 0, 2, Worker(0, 1))
     for position, image in enumerate(trained.ids_N):
         assert (trained.views.box_N4[position] == filled.views.box_N4[list(filled.ids_N).index(image)]).all()
-    (ids,) = train_ids(40, 40, 0, 2, Worker(0, 1))
+    (ids,) = train_ids(split, 40, 0, 2, Worker(0, 1))
     assert (ids == trained.ids_N).all()
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from tldist.config import DataConfig
 from tldist.data.augment import Views, draw_views
 from tldist.data.index import Split
 from tldist.data.presets import AugmentSpec
+from tldist.data.shards import Members, Place
+
+MOST_LANES = 64
+"""Places in the shards from which one step reads: enough for as many workers to have shards of their own, and few
+enough for one worker to read them all at once, each nearly sequentially."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +30,12 @@ class BatchPlan:
     paths: tuple[str, ...]
     """Relative to the data root."""
     views: Views
+    members: Members | None = None
+    """Where the images lie in shards; None where `paths` are files."""
+
+    def place(self, root: Path, i: int) -> Place:
+        """Where image `i` of the batch is read."""
+        return root / self.paths[i] if self.members is None else self.members.place(root, i)
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,37 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(images)
 
 
+def shard_order(shards_N: np.ndarray, batch_size: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    """The order of one training epoch of images in shards, without those left for another epoch.
+
+    The shards come in a random order, each begun at a random image, and that sequence is cut into contiguous lanes of
+    equal length. A step shows the next images of every lane, lane by lane: so consecutive parts of a batch, which are
+    the workers', come from shards of their own wherever the workers share the lanes evenly, and every lane is read
+    from its beginning to its end. Inside its lane an image moves less than `window // lanes` places (0 where that is
+    1 or less), so from where it would be in the sequence of the whole epoch by less than `window` and a batch.
+
+    Args:
+        shards_N: each image's shard; the images of a shard are consecutive.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    _, starts_S, counts_S = np.unique(shards_N, return_index=True, return_counts=True)
+    shards = [
+        np.roll(np.arange(start, start + count), -int(turn * count))
+        for start, count, turn in zip(starts_S, counts_S, rng.random(len(counts_S)), strict=True)
+    ]
+    sequence = np.concatenate([shards[i] for i in rng.permutation(len(shards))])
+    lanes, steps = num_lanes(len(shards), batch_size), steps_per_epoch(len(sequence), batch_size)
+    lanes_LN = sequence[: steps * batch_size].reshape(lanes, -1)
+    keys_LN = np.arange(lanes_LN.shape[1]) + rng.random(lanes_LN.shape) * (window // lanes)
+    shuffled_LN = np.take_along_axis(lanes_LN, keys_LN.argsort(axis=1), axis=1)
+    return shuffled_LN.reshape(lanes, steps, batch_size // lanes).swapaxes(0, 1).reshape(-1)
+
+
+def num_lanes(shards: int, batch_size: int) -> int:
+    """The largest divisor of `batch_size` that is at most the number of shards, and at most `MOST_LANES`."""
+    return next(lanes for lanes in range(min(shards, batch_size, MOST_LANES), 0, -1) if batch_size % lanes == 0)
+
+
 def train_batches(
     split: Split,
     spec: AugmentSpec,
@@ -52,23 +96,34 @@ def train_batches(
     epoch: int,
     worker: Worker,
     first: int = 0,
+    window: int = DataConfig.shuffle_window,
 ) -> Iterator[BatchPlan]:
     """One epoch of this worker's batches, from step `first` on. `batch_size` is over all workers, who share each
     step's images evenly.
 
-    Step s of any number of workers shows the same images, the union of the workers' batches.
+    Step s of any number of workers shows the same images, the union of the workers' batches. `window` is
+    `shard_order`'s; a split of files is shuffled in full.
     """
-    for ids_N in train_ids(len(split.paths), batch_size, seed, epoch, worker, first):
-        yield _plan(split, spec, image_size, seed, epoch, ids_N)
+    for ids_N in train_ids(split, batch_size, seed, epoch, worker, first, window):
+        yield plan_batch(split, spec, image_size, seed, epoch, ids_N)
 
 
 def train_ids(
-    images: int, batch_size: int, seed: int, epoch: int, worker: Worker, first: int = 0
+    split: Split,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    worker: Worker,
+    first: int = 0,
+    window: int = DataConfig.shuffle_window,
 ) -> Iterator[np.ndarray]:
     """This worker's images of each step of one epoch, from step `first` on."""
-    order = epoch_order(images, seed, epoch)
+    if split.members is None:
+        order = epoch_order(len(split), seed, epoch)
+    else:
+        order = shard_order(split.members.shards_N, batch_size, seed, epoch, window)
     share = batch_size // worker.world_size
-    for step in range(first, steps_per_epoch(images, batch_size)):
+    for step in range(first, steps_per_epoch(len(split), batch_size)):
         start = step * batch_size + worker.rank * share
         yield order[start : start + share]
 
@@ -83,13 +138,13 @@ def fill_batches(
     """
     mine = np.arange(worker.rank, len(split.paths), worker.world_size)
     for i in range(0, len(mine), batch_size):
-        yield _plan(split, spec, image_size, seed, epoch, np.take(mine, range(i, i + batch_size), mode="wrap"))
+        yield plan_batch(split, spec, image_size, seed, epoch, np.take(mine, range(i, i + batch_size), mode="wrap"))
 
 
 def eval_batches(split: Split, image_size: int, batch_size: int, worker: Worker) -> Iterator[BatchPlan]:
     """This worker's part of a split, each image on exactly one worker, in batches of at most `batch_size`."""
     for ids_N in eval_ids(len(split.paths), batch_size, worker):
-        yield _plan(split, AugmentSpec(), image_size, 0, 0, ids_N)
+        yield plan_batch(split, AugmentSpec(), image_size, 0, 0, ids_N)
 
 
 def eval_ids(images: int, batch_size: int, worker: Worker) -> Iterator[np.ndarray]:
@@ -99,6 +154,8 @@ def eval_ids(images: int, batch_size: int, worker: Worker) -> Iterator[np.ndarra
         yield mine[i * batch_size : (i + 1) * batch_size]
 
 
-def _plan(split: Split, spec: AugmentSpec, image_size: int, seed: int, epoch: int, ids_N: np.ndarray) -> BatchPlan:
+def plan_batch(split: Split, spec: AugmentSpec, image_size: int, seed: int, epoch: int, ids_N: np.ndarray) -> BatchPlan:
+    """The images `ids_N` of a split as `epoch` shows them."""
     views = draw_views(spec, split.sizes_N2[ids_N], image_size, seed, epoch, ids_N)
-    return BatchPlan(ids_N, split.labels_N[ids_N], tuple(split.paths[i] for i in ids_N), views)
+    members = split.members and split.members.take(ids_N)
+    return BatchPlan(ids_N, split.labels_N[ids_N], tuple(split.paths[i] for i in ids_N), views, members)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor
 from tldist.data.batches import BatchPlan
 from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, decode_error
 from tldist.data.presets import BINS, TRIVIAL_TRANSLATE, AugmentSpec, PolicyName
+from tldist.data.shards import read_bytes
 
 fn: Any = _fn  # its stubs allow no tensors as arguments, which is the point of this pipeline
 types: Any = _types
@@ -34,11 +36,11 @@ augmentations: Any = _augmentations
 
 
 @pipeline_def(enable_conditionals=True)
-def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, device: str) -> Any:
+def _pipeline(source: Callable[[], list[Any]], spec: AugmentSpec, size: int, device: str, in_shards: bool) -> Any:
     """uint8 HWC images of `size`, operation by operation as `Views` says; `source` gives what `_inputs` lists."""
-    given = _given(source, _input_names(spec))
+    given = _given(source, _input_names(spec, in_shards))
     images = fn.decoders.image_slice(
-        fn.io.file.read(given["path"]),
+        given["bytes"] if in_shards else fn.io.file.read(given["path"]),
         start=_half(given["box"], 0),
         shape=_half(given["box"], 2),
         axes=[0, 1],
@@ -114,7 +116,7 @@ def _half(box: Any, start: int) -> Any:
     return fn.slice(box, start=[start], shape=[2], axes=[0])
 
 
-def _input_names(spec: AugmentSpec) -> list[str]:
+def _input_names(spec: AugmentSpec, in_shards: bool) -> list[str]:
     """What the pipeline of `spec` consumes; DALI refuses inputs that no operation uses."""
     wanted = {
         "crop": spec.crop_area is None,
@@ -125,13 +127,14 @@ def _input_names(spec: AugmentSpec) -> list[str]:
         "blur_sigma": spec.blur_sigma is not None,
         "erase": spec.erase > 0,
     }
-    return ["path", "box", "resize", *(name for name, used in wanted.items() if used)]
+    return ["bytes" if in_shards else "path", "box", "resize", *(name for name, used in wanted.items() if used)]
 
 
-def _inputs(plan: BatchPlan, root: Path) -> dict[str, Any]:
-    """A plan as DALI wants it: paths as bytes, and the types its operations insist on."""
+def _inputs(plan: BatchPlan, root: Path, encoded: list[np.ndarray]) -> dict[str, Any]:
+    """A plan as DALI wants it: paths as bytes (or the images' own), and the types its operations insist on."""
     v = plan.views
     return {
+        "bytes": encoded,
         "path": [np.frombuffer(str(root / path).encode(), dtype=np.uint8) for path in plan.paths],
         "box": v.box_N4,
         "resize": v.resize_N2.astype(np.float32),
@@ -156,9 +159,12 @@ class DaliLoader:
         max_batch: int,
         threads: int,
         device: torch.device,
+        in_shards: bool = False,
     ) -> None:
+        """`in_shards`: the plans' images lie in tars; these are read by threads of our own."""
         self.root, self.device = root, device
-        self._names = _input_names(spec)
+        self._names = _input_names(spec, in_shards)
+        self._readers = ThreadPoolExecutor(threads) if in_shards else None
         on_gpu = device.type == "cuda"
         self._build = partial(
             _pipeline,
@@ -166,18 +172,19 @@ class DaliLoader:
             spec,
             image_size,
             "gpu" if on_gpu else "cpu",
+            in_shards,
             batch_size=max_batch,
             num_threads=threads,
             device_id=(device.index or 0) if on_gpu else None,
             prefetch_queue_depth=IN_FLIGHT,
         )
         self._pipeline: Any = None
-        self._plans: Iterator[BatchPlan] = iter(())
+        self._plans: Iterator[tuple[BatchPlan, list[Future[np.ndarray]]]] = iter(())
         self._taken: deque[BatchPlan] = deque()
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """In order."""
-        self._plans, self._taken = iter(plans), deque()
+        self._plans, self._taken = self._read_ahead(plans), deque()
         if self._pipeline is None:
             # DALI's own automatic augmentations call names of its that are deprecated, and no filter stops the noise.
             with warnings.catch_warnings(record=True):
@@ -192,10 +199,26 @@ class DaliLoader:
 
     def _next_inputs(self) -> list[Any]:
         """Called by DALI whenever it has room for another batch; StopIteration ends the epoch."""
-        plan = next(self._plans)
+        plan, reads = next(self._plans)
         self._taken.append(plan)
-        inputs = _inputs(plan, self.root)
+        try:
+            inputs = _inputs(plan, self.root, [read.result() for read in reads])
+        except OSError as error:
+            raise decode_error(self.root, plan, range(len(plan.paths)), error) from error
         return [inputs[name] for name in self._names]
+
+    def _read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Future[np.ndarray]]]]:
+        """Each plan, with its images' bytes where they lie in shards: read while earlier batches are shown."""
+        if self._readers is None:
+            yield from ((plan, []) for plan in plans)
+            return
+        waiting: deque[tuple[BatchPlan, list[Future[np.ndarray]]]] = deque()
+        for plan in plans:
+            places = [plan.place(self.root, i) for i in range(len(plan.paths))]
+            waiting.append((plan, [self._readers.submit(read_bytes, place) for place in places]))
+            if len(waiting) > IN_FLIGHT:
+                yield waiting.popleft()
+        yield from waiting
 
     def _run(self, pipeline: Any) -> Tensor | None:
         try:
@@ -207,9 +230,11 @@ class DaliLoader:
             return None
         except RuntimeError as error:
             # DALI neither names the file nor goes on with the rest of the batch.
-            raise decode_error(self.root, self._taken[0].paths, error) from error
+            raise decode_error(self.root, self._taken[0], range(len(self._taken[0].paths)), error) from error
         return torch.from_dlpack(images.as_tensor())
 
     def close(self) -> None:
         """Free the pipeline's threads and buffers."""
         self._pipeline = None
+        if self._readers is not None:
+            self._readers.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The index of an image folder: which files are images, their labels and sizes.
+"""The index of an image folder, or of a folder of tar shards: which files are images, their labels and sizes.
 
 Every file is decoded in full once, because one damaged photo found by a loader in epoch 7 costs a night;
 what was found is remembered per file (`verify.py`), so a second run decodes nothing. A file that no run can
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tldist.config import UserError, nearest
+from tldist.data.shards import Members, Row, Shards, is_shards, open_shards
 from tldist.data.verify import File, Progress, Verdict, num_workers, verdicts, write_atomically
 
 SPLITS = ("train", "val")
@@ -30,14 +31,17 @@ _CLUTTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini"})  # what Window
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The usable images of `train/` or `val/`, in the order of their paths. The arrays are read-only."""
+    """The usable images of `train/` or `val/`, in the order of their paths; of shards as they are stored. The arrays
+    are read-only."""
 
     paths: tuple[str, ...]
-    """Relative to the root, with forward slashes, sorted."""
+    """Relative to the root, with forward slashes; of a shard's member `train-000003.tar/ants/0013035.jpg`."""
     labels_N: np.ndarray
     """int64: position of each image's class in `Index.classes`."""
     sizes_N2: np.ndarray
     """int32 (height, width) in pixels, after the EXIF orientation is applied."""
+    members: Members | None = None
+    """Where the images lie in shards; None where `paths` are files."""
 
     def __post_init__(self) -> None:
         self.labels_N.flags.writeable = False
@@ -52,7 +56,13 @@ class Split:
             and self.paths == other.paths
             and np.array_equal(self.labels_N, other.labels_N)
             and np.array_equal(self.sizes_N2, other.sizes_N2)
+            and self.members == other.members
         )
+
+    def take(self, ids_N: np.ndarray) -> Split:
+        """Some of the images, in the order asked for."""
+        members = self.members and self.members.take(ids_N)
+        return Split(tuple(self.paths[i] for i in ids_N), self.labels_N[ids_N], self.sizes_N2[ids_N], members)
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Index:
     root: str
     """Absolute."""
     classes: tuple[str, ...]
-    """The class folders of `train/`, sorted; a label is a position in here."""
+    """The class folders of `train/`, sorted, or the classes of shards; a label is a position in here."""
     train: Split
     val: Split
     skipped: tuple[Skipped, ...]
@@ -91,19 +101,24 @@ class _Listing:
 
 
 def build_index(root: str | Path, classes: Sequence[str] = (), progress: Progress | None = None) -> Index:
-    """Scan and verify `root/train/CLASS/**` and `root/val/CLASS/**`; anything else there is left alone.
+    """Scan and verify `root/train/CLASS/**` and `root/val/CLASS/**`, or the shards `root/train-*.tar` and
+    `root/val-*.tar`; anything else there is left alone.
 
     Args:
-        root: the image folder; give the configured string itself, because `Path("")` would pass for `.`.
+        root: the folder; give the configured string itself, because `Path("")` would pass for `.`.
         classes: use only these class folders; empty: all.
         progress: called now and then while files are being verified.
 
     Raises:
         UserError: no such folder, no class folders, a class without a usable image, a class of val that train
-            does not have, an unknown name in `classes`, fewer than two classes, an unreadable folder.
+            does not have, an unknown name in `classes`, fewer than two classes, an unreadable folder; a shard that is
+            damaged, missing, or not what it was when it was written.
     """
     folder = _root_folder(root)
-    chosen = _choose_classes(folder, classes)
+    if is_shards(folder):
+        with ThreadPoolExecutor(num_workers()) as pool:
+            return _index_of_shards(folder, classes, open_shards(folder, pool, progress))
+    chosen = _choose_classes(folder, classes, *(_class_folders(folder, split) for split in SPLITS))
     with ThreadPoolExecutor(num_workers()) as pool:
         listings = {split: _list_split(pool, folder, split, chosen) for split in SPLITS}
         files = [file for listing in listings.values() for file in listing.files]
@@ -111,10 +126,11 @@ def build_index(root: str | Path, classes: Sequence[str] = (), progress: Progres
     return _assemble(folder, chosen, listings, found)
 
 
-def subset(split: Split, per_class: int, seed: int) -> Split:
+def subset(split: Split, per_class: int, seed: int, classes: Sequence[str] = ()) -> Split:
     """`per_class` images of each class (0: all of them), in the order of their paths.
 
     A class's draw depends on `seed`, its label and its own images only; 10 images are among the 20 drawn.
+    `classes` names the labels in messages (default: the folders').
 
     Raises:
         UserError: a class has fewer images.
@@ -125,32 +141,28 @@ def subset(split: Split, per_class: int, seed: int) -> Split:
     for label in np.unique(split.labels_N):
         positions = np.flatnonzero(split.labels_N == label)
         if len(positions) < per_class:
-            name = split.paths[positions[0]].split("/")[1]
+            name = classes[label] if classes else split.paths[positions[0]].split("/")[1]
             raise UserError(
                 f"--data.train-images-per-class is {per_class}, but class '{name}' has "
                 f"{len(positions)} usable images: give {len(positions)} or less"
             )
         rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(label)])))
         kept.append(rng.permutation(positions)[:per_class])
-    order = np.sort(np.concatenate(kept))
-    return Split(tuple(split.paths[i] for i in order), split.labels_N[order], split.sizes_N2[order])
+    return split.take(np.sort(np.concatenate(kept)))
 
 
 def with_train_subset(index: Index, per_class: int, seed: int) -> Index:
     """The index with `subset` applied to its training split (0: unchanged), and a fingerprint of its own."""
     if per_class == 0:
         return index
-    train = subset(index.train, per_class, seed)
+    train = subset(index.train, per_class, seed, index.classes)
     digest = hashlib.sha256("\n".join((index.fingerprint, *train.paths)).encode()).hexdigest()
     return replace(index, train=train, fingerprint=digest)
 
 
 def save_index(index: Index, path: Path) -> None:
     """Write one JSON file, atomically."""
-    splits = {
-        name: {"paths": split.paths, "labels": split.labels_N.tolist(), "sizes": split.sizes_N2.tolist()}
-        for name, split in zip(SPLITS, (index.train, index.val), strict=True)
-    }
+    splits = {name: _as_json(split) for name, split in zip(SPLITS, (index.train, index.val), strict=True)}
     skipped = [[item.path, item.reason] for item in index.skipped]
     head = {
         "version": _VERSION,
@@ -185,12 +197,22 @@ def load_index(path: Path) -> Index:
         raise UserError(f"{path} is damaged or not an index ({error}): delete it and build it again") from error
 
 
+def _as_json(split: Split) -> dict[str, Any]:
+    data = {"paths": split.paths, "labels": split.labels_N.tolist(), "sizes": split.sizes_N2.tolist()}
+    if split.members is not None:
+        data |= {"shards": split.members.shards, "extents": split.members.extents_N3.tolist()}
+    return data
+
+
 def _split_from(data: dict[str, Any]) -> Split:
     paths, labels_N = tuple(data["paths"]), np.array(data["labels"], dtype=np.int64)
     sizes_N2 = np.array(data["sizes"], dtype=np.int32).reshape(-1, 2)
-    if not len(paths) == len(labels_N) == len(sizes_N2):
+    members = None
+    if "shards" in data:
+        members = Members(tuple(data["shards"]), np.array(data["extents"], dtype=np.int64).reshape(-1, 3))
+    if not len(paths) == len(labels_N) == len(sizes_N2) == len(paths if members is None else members.extents_N3):
         raise ValueError("paths, labels and sizes differ in number")
-    return Split(paths, labels_N, sizes_N2)
+    return Split(paths, labels_N, sizes_N2, members)
 
 
 # From the files' verdicts to the index
@@ -231,6 +253,41 @@ def _check_each_class(folder: str, classes: tuple[str, ...], present: set[int], 
         )
 
 
+# From shards to the index
+
+
+def _index_of_shards(root: str, wanted: Sequence[str], found: Shards) -> Index:
+    names, digests = found.classes, []
+    val = {row.label for rows in found.of("val").values() for row in rows}
+    classes = _choose_classes(root, wanted, list(names.values()), [names.get(n, str(n)) for n in sorted(val)])
+    labels = {number: classes.index(name) for number, name in names.items() if name in classes}
+    splits = {}
+    for split in SPLITS:
+        shards = {shard: [row for row in rows if row.label in labels] for shard, rows in found.of(split).items()}
+        splits[split] = _split_of_shards(shards, labels)
+        digests += [f"\n{shard}/{r.name}\0{labels[r.label]}\0{r.num_bytes}" for shard in shards for r in shards[shard]]
+    present = set(splits["train"].labels_N.tolist())
+    if missing := [name for label, name in enumerate(classes) if label not in present]:
+        raise UserError(
+            f"class '{missing[0]}' has no usable image in the training shards of {root}: add some, or name the classes "
+            "to use with --data.classes"
+        )
+    digest = hashlib.sha256("\0".join(classes).encode() + "".join(digests).encode()).hexdigest()
+    skipped = tuple(Skipped(path, reason) for path, reason in sorted(found.skipped))
+    return Index(root, classes, splits["train"], splits["val"], skipped, digest)
+
+
+def _split_of_shards(shards: dict[str, list[Row]], labels: dict[int, int]) -> Split:
+    rows = [row for listed in shards.values() for row in listed]
+    extents = [(i, row.offset, row.num_bytes) for i, listed in enumerate(shards.values()) for row in listed]
+    return Split(
+        tuple(f"{shard}/{row.name}" for shard, listed in shards.items() for row in listed),
+        np.array([labels[row.label] for row in rows], dtype=np.int64),
+        np.array([(row.height, row.width) for row in rows], dtype=np.int32).reshape(-1, 2),
+        Members(tuple(shards), np.array(extents, dtype=np.int64).reshape(-1, 3)),
+    )
+
+
 # The folder
 
 
@@ -252,16 +309,15 @@ def _nearest_sibling(folder: Path) -> str:
     return ""
 
 
-def _choose_classes(root: str, wanted: Sequence[str]) -> tuple[str, ...]:
-    """The class folders of train to use, sorted, once they and those of val make sense together."""
-    train, val = (_class_folders(root, split) for split in SPLITS)
+def _choose_classes(root: str, wanted: Sequence[str], train: list[str], val: list[str]) -> tuple[str, ...]:
+    """The classes of train to use, in their order, once they and those of val make sense together."""
     for name in wanted:
         if name not in train:
             raise UserError(f"--data.classes: {root}/train has no class '{name}'{nearest(name, train)}")
     for name in val:
         if name not in train:
             hint = nearest(name, train)
-            raise UserError(f"{root} has class '{name}' in val, not in train{hint}: rename or remove the folder")
+            raise UserError(f"{root} has class '{name}' in val, not in train{hint}: rename or remove it there")
     classes = tuple(name for name in train if not wanted or name in wanted)
     if len(classes) == 1:
         where = "--data.classes leaves" if wanted else f"{root}/train has"

@@ -16,7 +16,8 @@ from tldist import dist
 from tldist.config import DataConfig, UserError
 from tldist.data.batches import BatchPlan
 from tldist.data.presets import AugmentSpec
-from tldist.data.verify import strict_pillow, verify
+from tldist.data.shards import Place, is_shards, verify_place
+from tldist.data.verify import strict_pillow
 
 IN_FLIGHT = 3
 """Batches being prepared while one is used: enough to ride over a slow image, little memory."""
@@ -25,8 +26,8 @@ ERASED = (124, 116, 104)
 POLICY_FILL = 128
 """What a policy's shifts and turns leave empty, as in DALI's library."""
 
-Read = Callable[[int, Path], Tensor]
-"""(position in the split, file) -> its image as uint8 RGB (C, H, W), upright."""
+Read = Callable[[int, Place], Tensor]
+"""(position in the split, file or tar's member) -> its image as uint8 RGB (C, H, W), upright."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,11 @@ class DecodeError(RuntimeError):
     """Files that the index had accepted cannot be read any more."""
 
 
-def decode_error(root: Path, paths: Iterable[str], reason: object) -> DecodeError:
-    """The error for a batch that could not be decoded. DALI names no file, so each is looked at again."""
+def decode_error(root: Path, plan: BatchPlan, images: Iterable[int], reason: object) -> DecodeError:
+    """The error for a batch of which some of `images` could not be decoded. DALI names no file, so each is looked at
+    again."""
     with strict_pillow():
-        found = {path: verify(str(root / path)) for path in paths}
+        found = {plan.paths[i]: verify_place(plan.place(root, i)) for i in images}
     bad = [f"{path} ({verdict})" for path, verdict in found.items() if isinstance(verdict, str)]
     what = ", ".join(bad[:5]) or f"one of {', '.join(found)} ({' '.join(str(reason).split())[:300]})"
     return DecodeError(f"cannot decode {what} under {root}: files changed since they were checked, start the run again")
@@ -96,7 +98,7 @@ def open_loader(
     if read is None and loader_kind(config) == "dali":
         from tldist.data.dali import DaliLoader
 
-        return DaliLoader(root, spec, config.image_size, max_batch, threads, device)
+        return DaliLoader(root, spec, config.image_size, max_batch, threads, device, is_shards(root))
     from tldist.data.torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(root, spec, config.image_size, threads, device, read)

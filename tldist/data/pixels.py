@@ -31,6 +31,7 @@ from tldist.config import DataConfig
 from tldist.data.augment import evaluation_sizes
 from tldist.data.index import Index, Split
 from tldist.data.loader import Read
+from tldist.data.shards import Place
 from tldist.data.torchvision_loader import read_rgb, resized_crop
 
 NAME = "tldist-pixels"
@@ -79,20 +80,20 @@ class SplitPixels:
         self._filled_N, self._pixels_B = np.split(buffer_B, [len(kept)])
         self._ends_N = _ends(kept)
 
-    def read(self, position: int, path: Path) -> Tensor:
-        """Uint8 RGB (C, H, W): a view of the shared pixels, not to be written to. Decodes `path` if it must."""
+    def read(self, position: int, place: Place) -> Tensor:
+        """Uint8 RGB (C, H, W): a view of the shared pixels, not to be written to. Decodes `place` if it must."""
         height, width = self.kept.sizes_N2[position].tolist()
         end = self._ends_N[position]
         pixels_HWC = self._pixels_B[end - 3 * height * width : end].reshape(height, width, 3)
         image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
         if not self._filled_N[position]:
-            image_CHW.copy_(self._decode(position, path))
+            image_CHW.copy_(self._decode(position, place))
             self._filled_N[position] = 1  # only now: another worker may be looking
         return image_CHW
 
-    def _decode(self, position: int, path: Path) -> Tensor:
+    def _decode(self, position: int, place: Place) -> Tensor:
         size, found = self.kept.sizes_N2[position].tolist(), self.found.sizes_N2[position].tolist()
-        image_CHW = read_rgb(path)
+        image_CHW = read_rgb(place)
         if list(image_CHW.shape[1:]) != found:
             raise ValueError(f"its size is {list(image_CHW.shape[1:])}, not {found} as when it was checked")
         return resized_crop(image_CHW, [0, 0, *found], size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections import deque
@@ -21,6 +22,7 @@ from tldist.data.augment import Views
 from tldist.data.batches import BatchPlan
 from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, Read, decode_error
 from tldist.data.presets import BINS, POLICY_OPS, SIGNED_OPS, AugmentSpec, PolicyName, magnitude_range
+from tldist.data.shards import Place, read_bytes
 
 
 class TorchvisionLoader:
@@ -39,7 +41,7 @@ class TorchvisionLoader:
         read: Read | None = None,
     ) -> None:
         self.root, self.spec, self.image_size, self.device = root, spec, image_size, device
-        self.read: Read = read or (lambda _, path: read_rgb(path))
+        self.read: Read = read or (lambda _, place: read_rgb(place))
         # Each image is one thread's work; nested intra-op threads would only fight over the cores.
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -64,31 +66,31 @@ class TorchvisionLoader:
         return plan, images, tasks
 
     def _load(self, plan: BatchPlan, i: int, out_HWC: Tensor) -> None:
-        image_CHW = self.read(int(plan.ids_N[i]), self.root / plan.paths[i])
+        image_CHW = self.read(int(plan.ids_N[i]), plan.place(self.root, i))
         out_HWC.copy_(show(image_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0))
 
     def _wait(self, plan: BatchPlan, tasks: list[Future[None]]) -> None:
-        for path, task in zip(plan.paths, tasks, strict=True):
+        for i, task in enumerate(tasks):
             try:
                 task.result()
             except (RuntimeError, OSError, ValueError) as error:
-                raise decode_error(self.root, [path], error) from error
+                raise decode_error(self.root, plan, [i], error) from error
 
     def close(self) -> None:
         """Stop the threads."""
         self.pool.shutdown(cancel_futures=True)
 
 
-def read_rgb(path: Path) -> Tensor:
-    """A file as uint8 RGB (C, H, W), turned as its EXIF tag says."""
-    data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+def read_rgb(place: Place) -> Tensor:
+    """A file, or a tar's member, as uint8 RGB (C, H, W), turned as its EXIF tag says."""
+    data_B = read_bytes(place)
     try:
-        image = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        image = decode_image(torch.from_numpy(data_B), mode=ImageReadMode.RGB, apply_exif_orientation=True)
         if image.dtype == torch.uint8:
             return image
     except RuntimeError:
         pass  # BMP, TIFF and CMYK JPEGs are not torchvision's
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(data_B.tobytes())) as opened:
         turned = ImageOps.exif_transpose(opened).convert("RGB")
     return torch.from_numpy(np.array(turned)).permute(2, 0, 1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -75,13 +76,14 @@ _OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"II*\0", b"MM\0*", b"RIF
 # One file
 
 
-def verify(path: str) -> Verdict:
-    """Decode the file in full. Safe in threads; strict only inside `strict_pillow()`."""
+def verify(path: str, data: bytes | None = None) -> Verdict:
+    """Decode the file (or `data`, where it is part of one) in full. Safe in threads; strict only inside
+    `strict_pillow()`."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            return _refusal(image) or _decoded_size(image, path)
+        with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
+            return _refusal(image) or _decoded_size(image, path, data)
     except UnidentifiedImageError:
-        return _unidentified(path)
+        return _unidentified(path, data)
     except MemoryError:
         return _UNREAD + "out of memory"
     except Exception as error:  # on damaged bytes Pillow raises SyntaxError, struct.error, ValueError, IndexError...
@@ -118,17 +120,17 @@ def _refusal(image: Image.Image) -> str:
     return ""
 
 
-def _decoded_size(image: Image.Image, path: str) -> Verdict:
+def _decoded_size(image: Image.Image, path: str, data: bytes | None) -> Verdict:
     image.load()
-    if image.format == "PNG" and b"IEND" not in Path(path).read_bytes():
+    if image.format == "PNG" and b"IEND" not in (Path(path).read_bytes() if data is None else data):
         return _TRUNCATED  # all pixels are there and Pillow is content, DALI is not
     width, height = image.size
     return (width, height) if orientation(image) >= 5 else (height, width)
 
 
-def _unidentified(path: str) -> str:
+def _unidentified(path: str, data: bytes | None) -> str:
     try:
-        with Path(path).open("rb") as file:
+        with Path(path).open("rb") if data is None else io.BytesIO(data) as file:
             head = file.read(32)
     except OSError as error:
         return _in_words(error)
@@ -176,33 +178,42 @@ def num_workers() -> int:
 
 
 def verdicts(
-    pool: ThreadPoolExecutor, root: str, files: list[File], partial: bool, progress: Progress | None
+    pool: ThreadPoolExecutor,
+    root: str,
+    files: list[File],
+    partial: bool,
+    progress: Progress | None,
+    look: Callable[[File], Verdict] | None = None,
 ) -> dict[str, Verdict]:
     """The verdict on each file, by path: remembered where size and mtime are the same, else by decoding.
 
     `partial`: `files` are not the whole folder, so what is remembered of other files stays.
+    `look`: decodes one that is no file of its own.
     """
     cache = cache_path(root)
-    old = _recall(cache)
+    old = recall(cache, VERSION)
+    look = look or (lambda file: verify(f"{root}/{file.path}"))
     found = {file.path: known for file in files if (known := _known(old, file)) is not None}
     unknown = [file for file in files if file.path not in found]
     try:
-        for more in _verify_all(pool, root, unknown):
+        for more in _verify_all(pool, unknown, look):
             found |= more
             if progress:
                 progress(len(found), len(files))
     finally:  # also when interrupted: twenty minutes of decoding are not done twice
         if unknown or (len(old) != len(files) and not partial):
-            _remember(cache, (old if partial else {}) | _entries(files, found))
+            remember(cache, VERSION, (old if partial else {}) | _entries(files, found))
     return found
 
 
-def _verify_all(pool: ThreadPoolExecutor, root: str, files: list[File]) -> Iterator[dict[str, Verdict]]:
+def _verify_all(
+    pool: ThreadPoolExecutor, files: list[File], look: Callable[[File], Verdict]
+) -> Iterator[dict[str, Verdict]]:
     size = max(1, min(_CHUNK, len(files) // (4 * num_workers())))
     chunks = [files[start : start + size] for start in range(0, len(files), size)]
 
     def verify_chunk(chunk: list[File]) -> dict[str, Verdict]:
-        return {f.path: verify(f"{root}/{f.path}") if f.num_bytes else "empty file" for f in chunk}
+        return {f.path: look(f) if f.num_bytes else "empty file" for f in chunk}
 
     with strict_pillow():
         try:
@@ -224,13 +235,13 @@ def cache_path(root: str) -> Path | None:
     return base / "tldist" / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:32]}.json"
 
 
-def _recall(cache: Path | None) -> dict[str, Any]:
-    """Empty where there is no cache or it is damaged."""
+def recall(cache: Path | None, version: int) -> dict[str, Any]:
+    """What `remember` wrote; empty where there is no cache or it is damaged."""
     if cache is None:
         return {}
     try:
         data = json.loads(cache.read_text())
-        return data["files"] if data["version"] == VERSION and isinstance(data["files"], dict) else {}
+        return data["files"] if data["version"] == version and isinstance(data["files"], dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -253,12 +264,13 @@ def _entries(files: list[File], found: dict[str, Verdict]) -> dict[str, Any]:
     }
 
 
-def _remember(cache: Path | None, files: dict[str, Any]) -> None:
+def remember(cache: Path | None, version: int, files: dict[str, Any]) -> None:
+    """Keep something about each file for the next run."""
     if cache is None:
         return
     with contextlib.suppress(OSError):  # a read-only home costs a second verification, not the run
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(cache, json.dumps({"version": VERSION, "files": files}))
+        write_atomically(cache, json.dumps({"version": version, "files": files}))
 
 
 def write_atomically(path: Path, text: str) -> None:

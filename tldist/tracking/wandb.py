@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import io
 import netrc
 import os
 import queue
@@ -304,11 +305,13 @@ def _sample_table(samples: Sequence[Row]) -> Any:
 
 
 def _thumbnail(path: Path) -> Any:
-    """A small upright copy of an image file; None where it cannot be read."""
+    """A small upright copy of an image file or tar's member; None where it cannot be read."""
     from PIL import Image, ImageOps
 
+    from tldist.data.shards import read_path
+
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_path(path))) as image:
             image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
             small = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:

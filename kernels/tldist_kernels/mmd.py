@@ -12,7 +12,8 @@ kernels is this divided by their number.
 
 With z the joined batch of T = N + M rows and W_ij the pair's share in the means, both batches have one gradient:
 
-    grad_i = sum_j S_ij (z_i - z_j),  S_ij = -4 W_ij sum_u exp(-||z_i - z_j||^2 / b_u) / b_u,  b_u = bandwidth * multiple_u
+    grad_i = sum_j S_ij (z_i - z_j)
+    S_ij   = -4 W_ij sum_u exp(-||z_i - z_j||^2 / b_u) / b_u,  b_u = bandwidth * multiple_u
 
 Everywhere z is centred first: no distance changes, and ||z_i||^2 + ||z_j||^2 - 2 z_i.z_j cancels less. A row's
 distance to itself is 0 by definition, not by subtraction.
@@ -55,8 +56,9 @@ def mmd(
     """MMD^2 of two batches of features, whose sizes may differ; the module's docstring has the formulas.
 
     source_ND, target_MD: float32, float16 or bfloat16 (sums in float32), or float64 (never Triton).
-    bandwidth: a constant; a tensor (one value, of the features' device) is not waited for. None: `mean_squared_distance`
-        of these batches. Workers that share a loss must agree on one.
+    multiples: of the bandwidth, one kernel each.
+    bandwidth: a constant; None is `mean_squared_distance` of these batches. A tensor (one value, on the features'
+        device) is not waited for: workers that share a loss must agree on one.
     unbiased: recommended for training; needs two rows of each batch.
     Returns a scalar, float32 (float64 for float64 features), differentiable once in both batches.
     In Triton half-precision features are rounded once more, after centring, to their own dtype.

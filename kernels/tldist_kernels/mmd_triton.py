@@ -14,8 +14,8 @@ N = M = 256, D = 2048: forward 0.5 GFLOP, backward 2.1 GFLOP; inputs and gradien
 which an H100's L2 (50 MB) holds. Tiles are small so that all of its 132 SMs work: 32 x 32 gives 136 tiles forward,
 16 x 128 gives 128 backward; wider tiles would save L2 reads (71 MB forward, 280 MB backward, in float32) and leave
 SMs idle. From about 1000 rows on, 64 x 64 tiles fill the device forward.
-float32 is multiplied as three TF32 products (tf32x3), which keep 21 of its 24 bits; half precision natively, its products
-being exact in float32. S stays float32 in both: rounded, it would not cancel where the batches match.
+float32 is multiplied as three TF32 products (tf32x3), which keep 21 of its 24 bits; half precision natively, its
+products being exact in float32. S stays float32 in both: rounded, it would not cancel where the batches match.
 """
 
 # pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
@@ -35,7 +35,6 @@ PROGRAMS = 132
 """The SMs of an H100. A constant, so that every device adds in the same order."""
 BACKWARD_ROWS = 16
 BLOCK_D = 64
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -208,7 +207,7 @@ def _launch_forward(
             KERNELS=rates_U.shape[0],
             BLOCK=block,
             BLOCK_D=_block_d(D),
-            num_warps=NUM_WARPS,
+            num_warps=4,
         )
     return partials_BB
 
@@ -245,7 +244,7 @@ def _launch_backward(
                 ROWS=BACKWARD_ROWS,
                 COLUMNS=columns,
                 BLOCK_D=_block_d(D),
-                num_warps=NUM_WARPS,
+                num_warps=8 if columns == 128 else 4,  # of float32, 4 would spill
             )
     return partials_PTD
 

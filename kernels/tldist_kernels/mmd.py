@@ -19,6 +19,9 @@ Everywhere z is centred first: no distance changes, and ||z_i||^2 + ||z_j||^2 - 
 distance to itself is 0 by definition, not by subtraction.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+# once_differentiable hides parameter names.
+
 import contextlib
 import functools
 from collections.abc import Sequence

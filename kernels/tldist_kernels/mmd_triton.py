@@ -18,8 +18,9 @@ float32 is multiplied as three TF32 products (tf32x3), which keep 21 of its 24 b
 products being exact in float32. S stays float32 in both: rounded, it would not cancel where the batches match.
 """
 
-# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false
-# `kernel[grid]` is typed as the kernel itself, without num_warps; once_differentiable hides parameter names.
+# pyright: reportCallIssue=false, reportIncompatibleMethodOverride=false, reportGeneralTypeIssues=false
+# `kernel[grid]` is typed as the kernel itself, without num_warps; once_differentiable hides parameter names;
+# static_range is iterable where kernels are compiled alone.
 
 import contextlib
 from typing import Any
@@ -140,12 +141,12 @@ def _backward_kernel(
     # Minus S, so that the products below add to what a row has already.
     pull = slope * _pair_weights(row, column, N, T, source_weight, target_weight, cross_weight)
     pull *= 4.0 * tl.load(grad_loss_ptr).to(tl.float32)
-    total = tl.sum(pull, axis=1)[:, None]
+    drag = tl.sum(-pull, axis=1)
     row = row[:, None]
     out_ptr = partials_ptr + (tl.program_id(1).to(tl.int64) * T + row) * D
     for first in range(0, D, BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)[None, :]
-        grad = -total * _load_rows(z_ptr, row, d, T, D).to(tl.float32)
+        grad = _load_rows(z_ptr, row, d, T, D).to(tl.float32) * tl.expand_dims(drag, 1)
         if ACCUMULATE:
             grad += tl.load(out_ptr + d, mask=(row < T) & (d < D), other=0.0)
         others = _load_rows(z_ptr, column[:, None], d, T, D).to(tl.float32)

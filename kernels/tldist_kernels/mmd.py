@@ -139,15 +139,11 @@ class _MMDOnHost(torch.autograd.Function):
         N, M = source_ND.shape[0], target_MD.shape[0]
         with _without_autocast(source_ND):
             z_TD = centred(source_ND, target_MD)
-            squared_TT = z_TD @ z_TD.t()
+            squared_TT = _gram(z_TD, N)
         norms_T = squared_TT.diagonal().clone()
         rates_U = kernel_rates(multiples, bandwidth, norms_T)
         squared_TT.mul_(-2.0).add_(norms_T[:, None]).add_(norms_T).clamp_min_(0.0).fill_diagonal_(float("inf"))
-        k_TT, slope_TT = torch.zeros_like(squared_TT), torch.zeros_like(squared_TT)
-        for rate in rates_U.unbind():
-            term_TT = torch.mul(squared_TT, -rate).exp_()
-            k_TT += term_TT
-            slope_TT.addcmul_(term_TT, rate)
+        k_TT, slope_TT = _kernels_and_slopes(squared_TT, multiples, rates_U)
         weights = pair_weights(N, M, len(multiples), unbiased)
         ctx.save_for_backward(z_TD, slope_TT)
         ctx.weights, ctx.N, ctx.dtype = weights, N, source_ND.dtype
@@ -158,15 +154,15 @@ class _MMDOnHost(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_loss,) = grad_outputs
         z_TD, slope_TT = ctx.saved_tensors
-        pull_TT = slope_TT * (-4.0 * grad_loss)
+        pull_TT = slope_TT * (4.0 * grad_loss)  # -S
         N, weights = ctx.N, ctx.weights
         pull_TT[:N, :N] *= weights.source
         pull_TT[N:, N:] *= weights.target
         pull_TT[:N, N:] *= weights.cross
         pull_TT[N:, :N] *= weights.cross
+        pull_TT.diagonal().copy_(-pull_TT.sum(1))
         with _without_autocast(z_TD):
-            grad_TD = (z_TD * pull_TT.sum(1, keepdim=True)).addmm_(pull_TT, z_TD, alpha=-1.0)
-        grad_TD = grad_TD.to(ctx.dtype)
+            grad_TD = (pull_TT @ z_TD).to(ctx.dtype)
         return grad_TD[:N], grad_TD[N:], None, None, None
 
 
@@ -174,7 +170,33 @@ def centred(source_ND: torch.Tensor, target_MD: torch.Tensor) -> torch.Tensor:
     """z_TD: both batches as one, less their joint mean (a constant), in float32 (float64 for float64)."""
     z_TD = torch.cat((source_ND, target_MD))
     z_TD = z_TD.to(torch.float64 if z_TD.dtype == torch.float64 else torch.float32)
-    return z_TD - z_TD.detach().mean(0)
+    return z_TD.sub_(z_TD.detach().mean(0))
+
+
+def _gram(z_TD: torch.Tensor, N: int) -> torch.Tensor:
+    """z @ z.t(), with one of the two quadrants between the batches copied from the other."""
+    gram_TT = z_TD.new_empty(z_TD.shape[0], z_TD.shape[0])
+    gram_TT[:N] = z_TD[:N] @ z_TD.t()
+    gram_TT[N:, N:] = z_TD[N:] @ z_TD[N:].t()
+    gram_TT[N:, :N] = gram_TT[:N, N:].t()
+    return gram_TT
+
+
+def _kernels_and_slopes(
+    squared_TT: torch.Tensor, multiples: tuple[float, ...], rates_U: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum_u exp(-rate_u d), sum_u rate_u exp(-rate_u d)); at half a bandwidth the exponential is squared."""
+    k_TT, slope_TT, term_TT = (torch.zeros_like(squared_TT) for _ in range(3))
+    previous = 0.0
+    for multiple, rate in sorted(zip(multiples, rates_U.unbind(), strict=True), key=lambda pair: -pair[0]):
+        if multiple == previous / 2:
+            term_TT.square_()
+        else:
+            torch.mul(squared_TT, -rate, out=term_TT).exp_()
+        k_TT += term_TT
+        slope_TT.addcmul_(term_TT, rate)
+        previous = multiple
+    return k_TT, slope_TT
 
 
 def kernel_rates(

@@ -4,15 +4,15 @@ Forward: a program per tile of the upper triangle forms z_i.z_j over D, the dist
 sum, and writes one number. Torch adds the numbers in a fixed order.
 
 Backward: S (see mmd.py) is wanted for every slice of D at once, and a tile of it costs D multiplications a pair to
-make. A program per (row block, slice of D), as in attention, would make it again for every slice: at D = 2048 and
-slices of 256, nine times the arithmetic. Hence a program per (row block, column block) makes its tile once, keeps it,
+make. A program per (row block, slice of D) would make it again for every slice: at D = 2048 and slices of 256, 4.5
+times the arithmetic. Hence a program per (row block, column block) makes its tile once, keeps it,
 and walks D: what its columns do to its rows goes to a partial gradient of its own, and torch adds the partials. No
 atomics, so runs repeat to the bit. There are only as many partials as give the device PROGRAMS programs; further
 columns come in further launches, which add to the same partials. So they hold at most 2112 + T rows of D floats.
 
 N = M = 256, D = 2048: forward 0.5 GFLOP, backward 2.1 GFLOP; inputs and gradients 4 to 8 MB, partials 16 MB, all of
 which an H100's L2 (50 MB) holds. Tiles are small so that all of its 132 SMs work: 32 x 32 gives 136 tiles forward,
-16 x 128 gives 128 backward; wider tiles would save L2 reads (71 MB forward, 280 MB backward, in float32) and leave
+16 x 128 gives 128 backward; wider tiles would save L2 reads (71 MB forward, 300 MB backward, in float32) and leave
 SMs idle. From about 1000 rows on, 64 x 64 tiles fill the device forward.
 float32 is multiplied as three TF32 products (tf32x3), which keep 21 of its 24 bits; half precision natively, its
 products being exact in float32. S stays float32 in both: rounded, it would not cancel where the batches match.

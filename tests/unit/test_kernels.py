@@ -211,6 +211,15 @@ def test_mmd_survives_a_far_origin_and_autocast(op: Callable[..., torch.Tensor])
         torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("op", [mmd, mmd_reference])
+def test_mmd_compiles_to_one_graph(op: Callable[..., torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    batches = draw_features(9, 7, 5, "cpu", torch.float32)
+    expected = kernel_checks.value_and_grads(op, batches)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(kernel_checks.value_and_grads(compiled, batches), expected)
+
+
 def test_unbiased_mmd_is_zero_on_average_where_the_distributions_are_one() -> None:
     """300 draws of 8 rows from one Gaussian: the biased mean is far above 0, the unbiased within noise of it."""
     torch.manual_seed(0)

@@ -3,7 +3,7 @@
 MMD^2 = ||mean phi(x) - mean phi(y)||^2 in the kernel's feature space (Gretton et al., JMLR 2012):
 
     k(x, y)          = sum_u exp(-||x - y||^2 / (bandwidth * multiple_u))
-    biased (eq. 5)   = mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
+    biased (eq. 5^2) = mean_ij k(x_i, x_j) + mean_ij k(y_i, y_j) - 2 mean_ij k(x_i, y_j)
     unbiased (eq. 3) = the same, with i != j in the first two means; it may be negative
 
 Several bandwidths, their sum and their centre, the mean squared distance within the joined batch, are those of DAN

@@ -10,15 +10,17 @@ import argparse
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-from tldist_kernels import Backend, mix_normalize, mix_normalize_reference, mixed_cross_entropy
+from tldist_kernels import Backend, mix_normalize, mix_normalize_reference, mixed_cross_entropy, mmd
 from tldist_kernels.mixing import Mixing
+from tldist_kernels.mmd import MULTIPLES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,6 +28,9 @@ IMAGE_SIZES = ((1, 5, 7), (3, 8, 16), (7, 6, 12), (2, 33, 50))
 """(N, H, W) whose rows are divisible by 1, 16, 4 and 2 bytes; the last takes several programs an image."""
 LOGIT_SIZES = ((1, 10), (7, 10), (3, 1000), (37, 3), (5, 1), (3, 4097))
 """(N, C): several rows a program, one, one class, and a row of two blocks that is odd."""
+
+FEATURE_SIZES = ((1, 1, 1), (2, 3, 1), (7, 5, 17), (33, 50, 130))
+"""(N, M, D): one row, one feature, one tile, several tiles (one with both batches in it) and stretches of D."""
 
 
 def draw_images(N: int, H: int, W: int, device: str) -> torch.Tensor:
@@ -162,6 +167,118 @@ def check_awkward_logits(device: str, backend: Backend) -> None:
     assert lost.isnan().all(), "a label that is no class is seen"
 
 
+def plain_mmd(
+    source_ND: torch.Tensor,
+    target_MD: torch.Tensor,
+    bandwidth: float | None,
+    unbiased: bool,
+    multiples: Sequence[float],
+) -> torch.Tensor:
+    """MMD^2 in float64 from its definition: all differences, the kernel's matrices, their means."""
+    x_ND, y_MD = source_ND.double(), target_MD.double()
+
+    def squared(a_RD: torch.Tensor, b_CD: torch.Tensor) -> torch.Tensor:
+        return (a_RD[:, None] - b_CD).square().sum(-1)
+
+    def kernel(a_RD: torch.Tensor, b_CD: torch.Tensor) -> torch.Tensor:
+        squared_RC = squared(a_RD, b_CD)
+        return torch.stack([torch.exp(-squared_RC / (base * multiple)) for multiple in multiples]).sum(0)
+
+    def mean_within(a_RD: torch.Tensor) -> torch.Tensor:
+        R, k_RR = a_RD.shape[0], kernel(a_RD, a_RD)
+        return (k_RR.sum() - k_RR.trace()) / (R * (R - 1)) if unbiased else k_RR.mean()
+
+    z_TD = torch.cat((x_ND, y_MD)).detach()
+    T = z_TD.shape[0]
+    base = squared(z_TD, z_TD).sum().item() / (T * T - T) if bandwidth is None else bandwidth
+    return mean_within(x_ND) + mean_within(y_MD) - 2 * kernel(x_ND, y_MD).mean()
+
+
+def check_mmd(device: str, backend: Backend, sizes: Iterable[tuple[int, int, int]] = FEATURE_SIZES) -> int:
+    """Compare values and gradients with the definition in float64; count the comparisons."""
+    count = 0
+    for (N, M, D), dtype, unbiased in itertools.product(sizes, DTYPES, (False, True)):
+        if unbiased and min(N, M) == 1:
+            continue
+        batches = draw_features(N, M, D, device, dtype)
+        for multiples, bandwidth in ((MULTIPLES, None), ((0.5, 3.0), 1.5 * D)):
+            options = {"multiples": multiples, "bandwidth": bandwidth, "unbiased": unbiased}
+            got, grads = value_and_grads(functools.partial(mmd, **options, backend=backend), batches)
+            doubles = [batch.double() for batch in batches]
+            expected, expected_grads = value_and_grads(functools.partial(plain_mmd, **options), doubles)
+            assert got.dtype == torch.float32 and all(grad.dtype == dtype for grad in grads)
+            _assert_near(got, expected, grads, expected_grads, rounding=_rounding(dtype, D))
+            count += 1
+    return count
+
+
+def draw_features(N: int, M: int, D: int, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Two batches of different mean and spread, far from the origin."""
+    return [(torch.randn(N, D) + 1.5).to(device, dtype), (1.3 * torch.randn(M, D) + 1.8).to(device, dtype)]
+
+
+def _rounding(dtype: torch.dtype, D: int) -> float:
+    """How far rounding each centred feature may move a relative distance: its errors average over D features."""
+    return 1e-5 if dtype == torch.float32 else 2.0 * torch.finfo(dtype).eps / D**0.5
+
+
+def value_and_grads(
+    op: Callable[..., torch.Tensor], batches: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    leaves = [batch.detach().requires_grad_() for batch in batches]
+    loss = op(*leaves)
+    return loss.detach(), torch.autograd.grad(3.0 * loss, leaves)
+
+
+def _assert_near(
+    got: torch.Tensor,
+    expected: torch.Tensor,
+    grads: Iterable[torch.Tensor],
+    expected_grads: tuple[torch.Tensor, ...],
+    rounding: float,
+) -> None:
+    """Gradients to the last place of their dtype, and to a share of the largest, since sums of them cancel."""
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=rounding)
+    largest = max(grad.abs().max().item() for grad in expected_grads)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        eps = torch.finfo(grad.dtype).eps
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=eps, atol=max(rounding, eps) * largest + 1e-7)
+
+
+def check_awkward_features(device: str, backend: Backend) -> None:
+    """Strides, batches that change places, a batch against itself, equal rows, a tensor bandwidth, one frozen batch."""
+    wide_ND = torch.randn(12, 48, device=device)
+    x_ND, y_MD = wide_ND[:5, 3:23], torch.randn(20, 9, device=device).t()
+    own = functools.partial(mmd, backend=backend)
+    got, grads = value_and_grads(own, (x_ND, y_MD))
+    plain = functools.partial(plain_mmd, bandwidth=None, unbiased=False, multiples=MULTIPLES)
+    expected, expected_grads = value_and_grads(plain, (x_ND.double(), y_MD.double()))
+    _assert_near(got, expected, grads, expected_grads, rounding=1e-5)
+    swapped, (y_grad_MD, x_grad_ND) = value_and_grads(own, (y_MD, x_ND))
+    _assert_near(swapped, expected, (x_grad_ND, y_grad_MD), expected_grads, rounding=1e-5)
+
+    zero, grads = value_and_grads(own, (wide_ND, wide_ND))
+    assert abs(zero.item()) < 4e-6 and all(grad.abs().max() < 1e-6 for grad in grads), "a batch is at 0 from itself"
+    point_ND = torch.full((3, 7), 0.5, device=device)
+    alike, grads = value_and_grads(own, (point_ND, point_ND[:2]))
+    assert abs(alike.item()) < 4e-6 and not any(grad.any() for grad in grads), "equal rows neither divide by 0 nor pull"
+
+    bandwidth = torch.tensor([7.0], device=device, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(own(x_ND, y_MD, bandwidth=bandwidth), own(x_ND, y_MD, bandwidth=7.0))
+    leaf_ND = x_ND.detach().requires_grad_()
+    (grad_ND,) = torch.autograd.grad(own(leaf_ND, y_MD), leaf_ND)
+    torch.testing.assert_close(grad_ND.double(), expected_grads[0] / 3.0, rtol=1e-5, atol=1e-7)
+
+
+def check_mmd_in_several_launches(device: str) -> None:
+    """Columns that a first launch of the backward does not reach, on a device said to be small."""
+    from tldist_kernels import mmd_triton
+
+    with mock.patch.object(mmd_triton, "PROGRAMS", 1):
+        assert mmd_triton._backward_split(135) == (128, 1)
+        check_mmd(device, "triton", ((70, 65, 3),))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
@@ -171,10 +288,15 @@ def main() -> None:
     mixes = check_mix_normalize(device, "triton", exact=device == "cpu")
     losses = check_mixed_cross_entropy(device, "triton")
     check_awkward_logits(device, "triton")
+    distances = check_mmd(device, "triton")
+    check_awkward_features(device, "triton")
+    check_mmd_in_several_launches(device)
     if device == "cuda":
         mixes += check_mix_normalize(device, "auto", ((256, 224, 224), (65, 223, 225), (128, 192, 160)))
         losses += check_mixed_cross_entropy(device, "auto", ((1024, 1000), (4096, 1000), (1001, 21841), (33, 65536)))
-    print(f"{mixes} comparisons of images and {losses} of losses passed in {time.perf_counter() - start:.1f} s")
+        distances += check_mmd(device, "auto", ((64, 64, 2048), (256, 256, 2048), (700, 601, 257)))
+    counts = f"{mixes} comparisons of images, {losses} of losses and {distances} of MMDs"
+    print(f"{counts} passed in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The two kernels against their references, compiled and not, and against the card's own copy bandwidth.
+"""The three kernels against their references, compiled and not, and against the card's own copy bandwidth.
 
 `python -m tldist_benchmarks.kernels --json FILE`; needs torch alone (and triton on CUDA).
 
@@ -7,7 +7,10 @@ clocks meets all of them. Each turn goes over several input sets, together large
 H100). On CUDA a turn lies between two events behind a sleep that lets the host run ahead: `median_us` is time on the
 device, `host_us` the host's time to launch, which is the larger one for small cases.
 `gb_per_s` counts the bytes that must move, whatever a variant moves: every pixel needed once in, once out; logits
-twice in (forward, backward) and their gradient once out. `share_of_copy` divides it by the copy's, read plus write.
+twice in (forward, backward) and their gradient once out; features once in, their gradient once out.
+`share_of_copy` divides it by the copy's, read plus write. It is small for MMD, which is bound by arithmetic: with T
+rows in both batches, 2 T^2 D operations to make the distances and as many for the gradient. Its `naive` variant,
+where it fits, is the common one with all differences, (T, T, D), in memory.
 Without CUDA the public op (the CPU path), the reference and the compiled reference are timed by the wall clock.
 """
 
@@ -26,14 +29,26 @@ from typing import Any
 
 import torch
 
-from tldist_kernels import HAS_TRITON, mix_normalize, mixed_cross_entropy, mixed_cross_entropy_reference
+from tldist_kernels import (
+    HAS_TRITON,
+    mix_normalize,
+    mixed_cross_entropy,
+    mixed_cross_entropy_reference,
+    mmd,
+    mmd_reference,
+)
 from tldist_kernels.mixing import Mixing, affine, affine_row, mix_affine
+from tldist_kernels.mmd import MULTIPLES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPE = torch.bfloat16
 SIDE = 224
 MIX_CASES = ("none", "mixup", "cutmix", "mixup_flip", "cutmix_flip")
 LOSS_SHAPES = ((1024, 1000), (4096, 1000), (256, 10), (8192, 21_841))
+MMD_SHAPES = ((64, 2048), (128, 2048), (256, 2048), (256, 256))
+"""Rows of each of the two batches, and their features."""
+LARGEST_NAIVE_MMD = {"cuda": 2**31, "cpu": 2**27}
+"""Bytes of its differences; it holds several such tensors, and the CPU takes 0.4 s a call at this size."""
 CALLS_PER_TURN = 5
 INPUT_BYTES = 256 * 2**20
 """Input sets are made until they pass this size: five times an H100's L2."""
@@ -82,6 +97,9 @@ def _cases(device: str) -> Iterator[Case]:
         yield _mix_case(name, device)
     for shape in LOSS_SHAPES if device == "cuda" else LOSS_SHAPES[:3]:
         yield _loss_case(*shape, device)
+    for dtype in (torch.float32, DTYPE) if device == "cuda" else (torch.float32,):
+        for shape in MMD_SHAPES:
+            yield _mmd_case(*shape, dtype, device)
 
 
 def _mix_case(name: str, device: str) -> Case:
@@ -141,6 +159,34 @@ def _loss_input(N: int, C: int, device: str) -> tuple[torch.Tensor, ...]:
     logits_NC = torch.randn(N, C, device=device).to(DTYPE).requires_grad_()
     labels_N, partner_labels_N = torch.randint(0, C, (2, N), device=device)
     return logits_NC, labels_N, partner_labels_N, torch.rand(N, device=device)
+
+
+def _mmd_case(N: int, D: int, dtype: torch.dtype, device: str) -> Case:
+    bytes_features = 2 * N * D * dtype.itemsize
+    inputs = [torch.randn(2, N, D, device=device).to(dtype).unbind() for _ in range(_sets(bytes_features))]
+    compiled = torch.compile(mmd_reference, dynamic=False)
+
+    def forward_backward(loss: Callable[..., torch.Tensor], i: int) -> object:
+        leaves = [batch_ND.requires_grad_() for batch_ND in inputs[i]]
+        return torch.autograd.grad(loss(*leaves), leaves)
+
+    losses = {"triton" if device == "cuda" else "cpu": mmd, "compiled": compiled, "reference": mmd_reference}
+    if (2 * N) ** 2 * D * torch.float32.itemsize <= LARGEST_NAIVE_MMD[device]:
+        losses["naive"] = _naive_mmd
+    variants: dict[str, Call] = {name: functools.partial(forward_backward, loss) for name, loss in losses.items()}
+    name = f"{N}x{D}_{str(dtype).removeprefix('torch.')}"
+    return Case("mmd", name, 2 * bytes_features, len(inputs), variants)
+
+
+def _naive_mmd(source_ND: torch.Tensor, target_MD: torch.Tensor) -> torch.Tensor:
+    """mmd's default as it is commonly written, from all differences at once."""
+    N = source_ND.shape[0]
+    z_TD = torch.cat((source_ND, target_MD)).float()
+    T = z_TD.shape[0]
+    squared_TT = (z_TD[None] - z_TD[:, None]).square().sum(2)
+    bandwidth = squared_TT.detach().sum() / (T * T - T)
+    k_TT = torch.stack([torch.exp(-squared_TT / (bandwidth * multiple)) for multiple in MULTIPLES]).sum(0)
+    return k_TT[:N, :N].mean() + k_TT[N:, N:].mean() - 2 * k_TT[:N, N:].mean()
 
 
 def _sets(bytes_each: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from tests import kernel_checks
-from tests.kernel_checks import MEAN, STD, draw_images, draw_mixing
-from tldist_kernels import HAS_TRITON, mix_normalize, mix_normalize_reference, mixed_cross_entropy
+from tests.kernel_checks import MEAN, STD, draw_features, draw_images, draw_mixing
+from tldist_kernels import HAS_TRITON, mix_normalize, mix_normalize_reference, mixed_cross_entropy, mmd
 from tldist_kernels.mixing import Mixing
 
 pytestmark = [
@@ -119,3 +121,58 @@ def test_mixed_cross_entropy_inside_a_compiled_objective() -> None:
     (eager,) = torch.autograd.grad(objective(logits_NC), logits_NC)
     (compiled,) = torch.autograd.grad(torch.compile(objective)(logits_NC), logits_NC)
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
+
+
+def test_mmd_at_odd_sizes() -> None:
+    kernel_checks.check_mmd("cuda", "triton")
+    kernel_checks.check_awkward_features("cuda", "triton")
+    kernel_checks.check_mmd_in_several_launches("cuda")
+
+
+def test_mmd_at_real_sizes() -> None:
+    kernel_checks.check_mmd("cuda", "auto", ((64, 64, 2048), (256, 256, 2048), (256, 200, 256), (700, 601, 257)))
+
+
+def test_mmd_of_many_rows_holds_no_matrix_of_pairs() -> None:
+    """16,000 rows: all pairs would take 1 GB in float32. The answer is that of the same batches, each given twice."""
+    x_ND, y_MD = draw_features(4000, 4000, 40, "cuda", torch.float32)
+    op = functools.partial(mmd, bandwidth=80.0)
+    expected, grads = kernel_checks.value_and_grads(op, (x_ND, y_MD))
+    doubled = [batch_ND.repeat(2, 1) for batch_ND in (x_ND, y_MD)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    got, double_grads = kernel_checks.value_and_grads(op, doubled)
+    assert torch.cuda.max_memory_allocated() - before < 64 * 2**20
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    for double_grad, grad in zip(double_grads, grads, strict=True):
+        torch.testing.assert_close(2 * double_grad[:4000], grad, rtol=1e-3, atol=1e-8)
+
+
+def test_mmd_repeats_to_the_bit_and_waits_for_nothing() -> None:
+    batches = draw_features(200, 150, 300, "cuda", torch.bfloat16)
+    bandwidth = torch.full((), 600.0, device="cuda")
+
+    def run() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        return kernel_checks.value_and_grads(lambda x, y: mmd(x, y, bandwidth=bandwidth), batches)
+
+    first, first_grads = run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again, again_grads = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
+    assert all(torch.equal(one, other) for one, other in zip(first_grads, again_grads, strict=True))
+
+
+def test_mmd_in_double_takes_the_reference() -> None:
+    batches = [batch.requires_grad_() for batch in draw_features(4, 3, 5, "cuda", torch.float64)]
+    assert torch.autograd.gradcheck(lambda x, y: mmd(x, y, bandwidth=9.0), batches)
+
+
+def test_mmd_inside_a_compiled_objective() -> None:
+    batches = draw_features(64, 48, 100, "cuda", torch.float32)
+    eager, eager_grads = kernel_checks.value_and_grads(mmd, batches)
+    compiled, compiled_grads = kernel_checks.value_and_grads(torch.compile(mmd), batches)
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=4e-6)
+    torch.testing.assert_close(compiled_grads, eager_grads, rtol=1e-4, atol=1e-7)

@@ -1,11 +1,13 @@
-"""mix_normalize and mixed_cross_entropy against loops written from their formulas, and Triton's interpreter."""
+"""mix_normalize, mixed_cross_entropy and mmd against loops written from their formulas, and Triton's interpreter."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,16 @@ import pytest
 import torch
 
 from tests import kernel_checks
-from tests.kernel_checks import DTYPES, IMAGE_SIZES, MEAN, STD, draw_images, draw_mixing, option_sets
+from tests.kernel_checks import DTYPES, IMAGE_SIZES, MEAN, STD, draw_features, draw_images, draw_mixing, option_sets
 from tldist_kernels import (
     HAS_TRITON,
+    mean_squared_distance,
     mix_normalize,
     mix_normalize_reference,
     mixed_cross_entropy,
     mixed_cross_entropy_reference,
+    mmd,
+    mmd_reference,
 )
 from tldist_kernels.mixing import Mixing, mix_normalize_cpu
 
@@ -167,6 +172,92 @@ def test_mixed_cross_entropy_says_what_is_wrong() -> None:
         mixed_cross_entropy(logits_NC, labels_N, label_smoothing=1.5)
     with pytest.raises(ValueError, match="shape"):
         mixed_cross_entropy(logits_NC, labels_N[:1])
+
+
+def test_mmd_follows_its_definition() -> None:
+    torch.manual_seed(0)
+    assert kernel_checks.check_mmd("cpu", "torch") == 42
+    kernel_checks.check_awkward_features("cpu", "torch")
+
+
+@pytest.mark.parametrize("op", [mmd, mmd_reference])
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_mmds_gradient(op: Callable[..., torch.Tensor], unbiased: bool) -> None:
+    """With the bandwidth held, as the gradient takes it to be; left to the batches, it is the same gradient."""
+    torch.manual_seed(0)
+    x_ND, y_MD = (batch.requires_grad_() for batch in draw_features(4, 3, 5, "cpu", torch.float64))
+    bandwidth = mean_squared_distance(x_ND, y_MD)
+    torch.testing.assert_close(bandwidth, torch.pdist(torch.cat((x_ND, y_MD))).square().mean())
+    assert not bandwidth.requires_grad
+    held = functools.partial(op, bandwidth=bandwidth, unbiased=unbiased)
+    assert torch.autograd.gradcheck(held, (x_ND, y_MD))
+    free = torch.autograd.grad(op(x_ND, y_MD, unbiased=unbiased), (x_ND, y_MD))
+    torch.testing.assert_close(free, torch.autograd.grad(held(x_ND, y_MD), (x_ND, y_MD)))
+
+
+@pytest.mark.parametrize("op", [mmd, mmd_reference])
+def test_mmd_survives_a_far_origin_and_autocast(op: Callable[..., torch.Tensor]) -> None:
+    """At 1000 from the origin, squares of the features leave float32 no digit of a distance, unless centred."""
+    torch.manual_seed(0)
+    x_ND, y_MD = (batch.round(decimals=2) for batch in draw_features(9, 8, 6, "cpu", torch.float64))
+    expected, expected_grads = kernel_checks.value_and_grads(op, (x_ND, y_MD))
+    far = [(batch + 1000.0).float().requires_grad_() for batch in (x_ND, y_MD)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = op(*far)
+    grads = torch.autograd.grad(3.0 * got, far)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-4)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", [mmd, mmd_reference])
+def test_mmd_compiles_to_one_graph(op: Callable[..., torch.Tensor]) -> None:
+    torch.manual_seed(0)
+    batches = draw_features(9, 7, 5, "cpu", torch.float32)
+    expected = kernel_checks.value_and_grads(op, batches)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(kernel_checks.value_and_grads(compiled, batches), expected)
+
+
+def test_unbiased_mmd_is_zero_on_average_where_the_distributions_are_one() -> None:
+    """300 draws of 8 rows from one Gaussian: the biased mean is far above 0, the unbiased within noise of it."""
+    torch.manual_seed(0)
+    draws = torch.randn(300, 2, 8, 4)
+    unbiased = torch.stack([mmd(x_ND, y_MD, unbiased=True) for x_ND, y_MD in draws])
+    biased = torch.stack([mmd(x_ND, y_MD) for x_ND, y_MD in draws])
+    noise = unbiased.std() / len(draws) ** 0.5
+    assert abs(unbiased.mean()) < 4 * noise < 0.1 * biased.mean()
+    assert biased.min() > 0 > unbiased.min()
+
+
+@pytest.mark.parametrize(
+    ("source_shape", "target_shape", "options", "message"),
+    [
+        ((4,), (4, 3), {}, "rows, D"),
+        ((4, 3), (4, 2), {}, "3 and 2 features"),
+        ((0, 3), (4, 3), {}, "too small"),
+        ((4, 0), (4, 0), {}, "too small"),
+        ((4, 3), (1, 3), {"unbiased": True}, "too small"),
+        ((4, 3), (4, 3), {"multiples": ()}, "at least one"),
+        ((4, 3), (4, 3), {"multiples": (1.0, 0.0)}, "positive"),
+        ((4, 3), (4, 3), {"bandwidth": -1.0}, "bandwidth must be positive"),
+        ((4, 3), (4, 3), {"bandwidth": torch.ones(2)}, "one value"),
+        ((4, 3), (4, 3), {"bandwidth": torch.ones((), device="meta")}, "on meta"),
+    ],
+)
+def test_mmd_says_what_is_wrong(source_shape: tuple, target_shape: tuple, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mmd(torch.randn(source_shape), torch.randn(target_shape), **options)
+
+
+def test_mmd_wants_one_dtype_and_one_device() -> None:
+    features_ND = torch.randn(4, 3)
+    for other_ND in (features_ND.double(), features_ND.to("meta")):
+        with pytest.raises(ValueError, match="source_ND is"):
+            mmd(features_ND, other_ND)
+    with pytest.raises(ValueError, match="int64"):
+        mmd(features_ND.long(), features_ND.long())
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

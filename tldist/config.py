@@ -143,6 +143,9 @@ class DataConfig(Section):
     shuffle_window: int = 10_000
     """Of shards, which are read nearly in order: an image comes at most about so many images earlier or later than it
     is stored, in an order of the shards drawn anew each epoch. An image folder is shuffled in full."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An image that cannot be used (truncated, empty, of an unsupported kind): stop before training, or go on without
+    it; either way each is named, and counted in summary.json. `tldist data check` lists them."""
     classes: tuple[str, ...] = ()
     """Use only these classes (default: all)."""
     train_images_per_class: int = 0

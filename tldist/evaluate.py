@@ -20,6 +20,8 @@ from tldist.engine.base import Numerics
 class Evaluation:
     """Per image, in the split's order; equal on all workers."""
 
+    ids_N: Tensor
+    """Positions in the split: all of them, but for images that could not be read."""
     labels_N: Tensor
     predicted_N: Tensor
     confidence_N: Tensor
@@ -37,10 +39,17 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(logits_of: Callable[[Any], Tensor], batches: Iterable[Any], images: int, numbers: Numerics) -> Evaluation:
+def evaluate(
+    logits_of: Callable[[Any], Tensor],
+    batches: Iterable[Any],
+    images: int,
+    numbers: Numerics,
+    may_miss: bool = False,
+) -> Evaluation:
     """`batches` have `labels_N` and `ids_N`; `logits_of` makes logits_NC of one, by a network in eval mode.
 
-    Raises RuntimeError unless the workers together saw each of the split's `images` exactly once.
+    Raises RuntimeError unless the workers together saw each of the split's `images` exactly once (`may_miss`: at most
+    once, and at least one).
     """
     rows = [torch.zeros(0, 5, dtype=torch.float64, device=numbers.device)]
     for batch in batches:
@@ -53,10 +62,12 @@ def evaluate(logits_of: Callable[[Any], Tensor], batches: Iterable[Any], images:
         rows.append(torch.stack(columns, dim=1))
     gathered = dist.gather_rows(torch.cat(rows)).cpu()
     gathered = gathered[gathered[:, 0].argsort()]
-    if not torch.equal(gathered[:, 0].long(), torch.arange(images)):
+    ids = gathered[:, 0].long()
+    expected = ids.unique() if may_miss and len(ids) else torch.arange(images)
+    if not torch.equal(ids, expected):
         raise RuntimeError(f"evaluation saw {len(gathered)} images, not each of the {images} exactly once")
     _, labels, predicted, confidence, loss = gathered.unbind(1)
-    return Evaluation(labels.long(), predicted.long(), confidence, loss)
+    return Evaluation(ids, labels.long(), predicted.long(), confidence, loss)
 
 
 def predictions(evaluation: Evaluation, split: Split, classes: tuple[str, ...], samples: int = 24) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def predictions(evaluation: Evaluation, split: Split, classes: tuple[str, ...], 
         "confusion_CC": confusion.tolist(),
         "samples": [
             {
-                "path": split.paths[i],
+                "path": split.paths[int(evaluation.ids_N[i])],
                 "label": int(evaluation.labels_N[i]),
                 "predicted": int(evaluation.predicted_N[i]),
                 "confidence": round(float(evaluation.confidence_N[i]), 4),

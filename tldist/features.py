@@ -97,12 +97,26 @@ class FeatureWriter:
         path, size = folder / f"{name}-{dist.rank()}", layout.views * layout.images_in(dist.rank()) * layout.row_bytes
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
+        self._path = path
         self._rows = _map(path, layout, dist.rank(), writable=True)
+        self._written = np.zeros((layout.views, layout.images_in(dist.rank())), dtype=bool)
 
     def write(self, view: int, ids_N: np.ndarray, features: Tensor) -> None:
         """Keep what the prefix returned for these images, all of them this worker's."""
         rows = features.permute(0, 2, 3, 1) if features.ndim == 4 else features
+        self._written[view, ids_N // self._shards] = True
         self._rows[view].index_copy_(0, torch.from_numpy(ids_N // self._shards), rows.cpu())
+
+    def note_missing(self) -> None:
+        """Remember images that were never written: they could not be read."""
+        missing = np.flatnonzero(~self._written.all(axis=0)) * self._shards + dist.rank()
+        if len(missing):
+            self._path.with_suffix(".missing.json").write_text(json.dumps(missing.tolist()))
+
+
+def read_missing(folder: Path, name: str) -> frozenset[int]:
+    """Images of which a complete folder has no features."""
+    return frozenset(i for path in folder.glob(f"{name}-*.missing.json") for i in json.loads(path.read_text()))
 
 
 def _map(path: Path, layout: Layout, shard: int, writable: bool = False) -> Tensor:

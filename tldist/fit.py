@@ -365,9 +365,11 @@ def speed(run: Run, window: Window, flops_per_image: float) -> dict[str, float |
 
 
 def tell_news(run: Run) -> None:
-    """What the thread that writes checkpoints has to say."""
+    """What the thread that writes checkpoints has to say, and images that could not be read."""
     if news := run.saver.news():
         run.log.write("notice", text=news)
+    for path, reason in run.bad_images.news().items():
+        run.log.write("notice", text=f"skipped {path}: {reason} (it was sound when it was checked)")
 
 
 def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
@@ -414,7 +416,7 @@ def evaluate_model(run: Run, live: LivePhase) -> Evaluation:
         return live.logits(inputs.encode(inputs.inputs(batch)))
 
     with live.threads(run.pass_size):
-        return evaluate(logits, batches, len(run.index.val.paths), run.numbers)
+        return evaluate(logits, batches, len(run.index.val.paths), run.numbers, run.config.data.on_bad_image == "skip")
 
 
 def save_checkpoint(

@@ -137,6 +137,7 @@ class CachedInputs:
         self.run, self.folder, self.fill_s = run, folder, fill_s
         device, layouts = run.numbers.device, features.read_layouts(folder)
         self.splits = {name: Features(folder, name, layout, device) for name, layout in layouts.items()}
+        self.missing = {name: features.read_missing(folder, name) for name in layouts}
         labels = {"train": run.index.train.labels_N, "val": run.index.val.labels_N}
         self.labels = {name: torch.tensor(labels_N, device=device) for name, labels_N in labels.items()}
 
@@ -146,12 +147,20 @@ class CachedInputs:
         ids = train_ids(
             self.run.index.train, data.batch_size, config.seed, epoch, self.run.worker, first, data.shuffle_window
         )
+        lost = self.missing["train"]
+        ids = (np.array([self._instead(i) for i in ids_N]) if lost else ids_N for ids_N in ids)
         return self._batches("train", epoch % config.cache.views, list(ids))
 
     def val(self) -> Iterator[FeatureBatch]:
         """As the uncached evaluation."""
-        run = self.run
-        return self._batches("val", 0, list(eval_ids(len(run.index.val), run.pass_size, run.worker)))
+        run, lost = self.run, list(self.missing["val"])
+        ids = eval_ids(len(run.index.val), run.pass_size, run.worker)
+        return self._batches("val", 0, [ids_N[~np.isin(ids_N, lost)] for ids_N in ids] if lost else list(ids))
+
+    def _instead(self, i: int) -> int:
+        """The image to train on in place of one that could not be read: the next that could."""
+        images = len(self.run.index.train)
+        return next(j % images for j in range(i, i + images) if j % images not in self.missing["train"])
 
     def inputs(self, batch: FeatureBatch, mix: Mix | None = None) -> Tensor:
         """The features as they are."""
@@ -290,10 +299,15 @@ def _write_all(run: Run, images: ImageInputs, writers: dict[str, FeatureWriter])
     spec, side = augment_spec(config.data.augment), config.data.image_size
     for view in range(config.cache.views):
         plans = fill_batches(index.train, spec, side, run.pass_size, config.seed, view, run.worker)
-        for batch in run.watchdog.along(run.train_loader.batches(plans), "keeping features", "having kept features"):
-            writers["train"].write(view, batch.ids_N, images.encode(images.inputs(batch)))
-    for batch in run.watchdog.along(images.val(), "keeping features", "having kept features"):
-        writers["val"].write(0, batch.ids_N, images.encode(images.inputs(batch)))
+        _write(run, images, writers["train"], view, run.train_loader.batches(plans))
+    _write(run, images, writers["val"], 0, images.val())
+    for writer in writers.values():
+        writer.note_missing()
+
+
+def _write(run: Run, images: ImageInputs, writer: FeatureWriter, view: int, batches: Iterator[Batch]) -> None:
+    for batch in run.watchdog.along(batches, "keeping features", "having kept features"):
+        writer.write(view, batch.ids_N, images.encode(images.inputs(batch)))
 
 
 def _no_room(run: Run, need: int, reason: str) -> bool:

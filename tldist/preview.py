@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tldist.config import DataConfig
-from tldist.data.augment import draw_views
 from tldist.data.batches import BatchPlan, plan_batch
 from tldist.data.index import Index
 from tldist.data.loader import Loader, Read
@@ -60,9 +59,7 @@ def _plain(plan: BatchPlan, i: int, data: DataConfig, index: Index, read: Read |
     return _tile(image_CHW.permute(1, 2, 0), index.classes[int(plan.labels_N[i])])
 
 
-def _mixed(
-    data: DataConfig, index: Index, seed: int, step: int, images_NHWC: Tensor, labels_N: Tensor
-) -> list[_Tile]:
+def _mixed(data: DataConfig, index: Index, seed: int, step: int, images_NHWC: Tensor, labels_N: Tensor) -> list[_Tile]:
     """The images mixed as one worker's step would, with the weights of their labels; empty where mixing is off."""
     mix = draw_mix(data, len(labels_N), step_generator(torch.device("cpu"), seed, step, 0))
     if mix is None:
@@ -105,5 +102,5 @@ def _drawn(rows: list[list[_Tile]]) -> Image.Image:
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """As much of the text as a tile is wide."""
     while font.getlength(text) > _TILE:
-        text = text[:-2] + "…" if not text.endswith("…") else text[:-2] + "…"
+        text = text[:-2] + "…"
     return text

@@ -11,6 +11,7 @@ from tldist import dist
 from tldist.backbones import StagedModel
 from tldist.config import RunConfig
 from tldist.control import Control
+from tldist.data.bad_images import BadImages
 from tldist.data.batches import Worker, steps_per_epoch
 from tldist.data.index import Index
 from tldist.data.loader import Loader
@@ -43,6 +44,8 @@ class Run:
 
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hears of every step; one that was not started only listens."""
+    bad_images: BadImages = field(default_factory=BadImages)
+    """What the loaders could not read."""
 
     @property
     def worker(self) -> Worker:

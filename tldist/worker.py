@@ -20,6 +20,7 @@ import torch
 from tldist import backbones, config, control, dist
 from tldist.config import RunConfig, UserError
 from tldist.control import Control, Stopped
+from tldist.data.bad_images import BadImages
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
 from tldist.data.loader import open_loader
 from tldist.data.pixels import open_pixels
@@ -170,6 +171,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
     watchdog = watchdog or Watchdog()
     index = shared_index(settings)  # may take long, and nothing is late before the first beat
     watchdog.beat("building the model and the loaders")
+    bad = BadImages(data.on_bad_image == "skip", Path(settings.run_dir) / "logs", dist.rank())
     pixels = open_pixels(data, index, Path(settings.run_dir), device)
     if pixels.notice:
         log.write("notice", text=pixels.notice)
@@ -188,8 +190,9 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         plan=plan,
         model=model,
         index=index,
-        train_loader=open_loader(data, augment_spec(data.augment), share, device, pixels.train),
-        eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val),
+        train_loader=open_loader(data, augment_spec(data.augment), share, device, pixels.train, bad),
+        eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val, bad),
+        bad_images=bad,
         numbers=numbers,
         log=log,
         run_dir=Path(settings.run_dir),
@@ -225,6 +228,13 @@ def shared_index(settings: RunConfig) -> Index:
 def data_index(settings: RunConfig) -> Index:
     """The images the config asks for. Raises UserError, also for a batch that is larger than the training set."""
     index = build_index(settings.data.root, settings.data.classes)
+    bad = [item for item in index.skipped if item.is_bad_image]
+    if bad and settings.data.on_bad_image == "error":
+        raise UserError(
+            f"{len(bad)} of the images under {index.root} cannot be used, the first {bad[0].path}: {bad[0].reason}: "
+            f"mend or remove them (`tldist data check {index.root}` lists all), or train without them with "
+            "--data.on-bad-image skip"
+        )
     index = with_train_subset(index, settings.data.train_images_per_class, settings.seed)
     images, batch = len(index.train.paths), settings.data.batch_size
     if batch > images:
@@ -271,13 +281,18 @@ def announce(parts: Run) -> None:
         total_steps=plan.epochs * parts.steps_per_epoch,
         train_images=len(index.train.paths),
         val_images=len(index.val.paths),
-        skipped_images=len(index.skipped),
+        skipped_images=len(bad_at_check(index)),
         classes=list(index.classes),
         peak_flops=describe_peak(parts),
         plan=describe_plan(plan, settings.optim.base_lr, parts.model),
     )
     for skipped in () if (parts.saver.folder / "last").exists() else index.skipped:
         parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
+
+
+def bad_at_check(index: Index) -> set[str]:
+    """Paths of the images that the index left out."""
+    return {item.path for item in index.skipped if item.is_bad_image}
 
 
 def describe_plan(plan: Plan, base_lr: float, model: backbones.StagedModel) -> list[dict[str, Any]]:
@@ -346,7 +361,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "per_phase": per_phase,
         "train_images": len(parts.index.train.paths),
         "val_images": len(parts.index.val.paths),
-        "skipped_images": len(parts.index.skipped),
+        "skipped_images": len(bad_at_check(parts.index) | parts.bad_images.reasons.keys()),
         "data_fingerprint": parts.index.fingerprint,
         "val_top1": state.val_top1,
         "best_val_top1": state.best_val_top1,

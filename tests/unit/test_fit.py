@@ -162,7 +162,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, tops: list[float]) -> None:
         right = round(100 * next(told))
         labels = torch.zeros(100, dtype=torch.long)
         predicted = (torch.arange(100) >= right).long()
-        return Evaluation(labels, predicted, torch.ones(100), torch.ones(100))
+        return Evaluation(torch.arange(100), labels, predicted, torch.ones(100), torch.ones(100))
 
     monkeypatch.setattr(fit, "evaluate_model", evaluation)
     monkeypatch.setattr(fit, "predictions", lambda *_: {"classes": [], "samples": []})

@@ -11,9 +11,10 @@ import torch
 
 from tldist.config import DataConfig, UserError
 from tldist.data import loader as loaders
+from tldist.data.bad_images import DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
 from tldist.data.index import Index, build_index
-from tldist.data.loader import Batch, DecodeError, Loader, open_loader
+from tldist.data.loader import Batch, Loader, open_loader
 from tldist.data.presets import BINS, POLICY_OPS, PRESETS, AugmentSpec, PolicyName, augment_spec
 
 CPU = torch.device("cpu")

@@ -22,9 +22,10 @@ from tldist import config, worker
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from tldist.data import pixels as cache
 from tldist.data.augment import draw_views, evaluation_sizes
+from tldist.data.bad_images import DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
 from tldist.data.index import Index, build_index
-from tldist.data.loader import DecodeError, Read, open_loader
+from tldist.data.loader import Read, open_loader
 from tldist.data.pixels import NAME, Pixels, available_memory, open_pixels
 from tldist.data.presets import PRESETS, AugmentSpec
 from tldist.data.torchvision_loader import TorchvisionLoader, read_rgb

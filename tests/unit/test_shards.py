@@ -35,9 +35,10 @@ from tldist.config import (
     UserError,
 )
 from tldist.data import sharding, shards
+from tldist.data.bad_images import DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, num_lanes, shard_order, train_batches, train_ids
 from tldist.data.index import Index, Split, build_index, load_index, save_index, with_train_subset
-from tldist.data.loader import DecodeError, open_loader
+from tldist.data.loader import open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import PRESETS, AugmentSpec
 from tldist.data.sharding import write_shards

@@ -7,6 +7,7 @@ with torchvision pixel by pixel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -49,7 +50,11 @@ class Views:
 
     def __getitem__(self, i: int) -> Views:
         """The i-th image's view, still with a leading dimension of 1."""
-        return Views(**{f.name: getattr(self, f.name)[i : i + 1] for f in fields(self)})
+        return self.take([i])
+
+    def take(self, rows: Sequence[int]) -> Views:
+        """The views of some images, in the order asked for."""
+        return Views(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def uniforms(seed: int, epoch: int, ids_N: np.ndarray, count: int) -> np.ndarray:

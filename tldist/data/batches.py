@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,31 @@ class BatchPlan:
     views: Views
     members: Members | None = None
     """Where the images lie in shards; None where `paths` are files."""
+    may_shrink: bool = False
+    """May images be left out, as in evaluation? Training needs batches of equal size on all workers."""
+
+    def take(self, rows: Sequence[int]) -> BatchPlan:
+        """Some of the images, in the order asked for."""
+        ids_N = np.array(rows, dtype=np.int64)
+        return replace(
+            self,
+            ids_N=self.ids_N[ids_N],
+            labels_N=self.labels_N[ids_N],
+            paths=tuple(self.paths[i] for i in rows),
+            views=self.views.take(rows),
+            members=self.members and self.members.take(ids_N),
+        )
+
+    def rows_without(self, bad: Collection[int]) -> list[int]:
+        """The rows to show where some cannot be: left out, or (where the size must stay) the next good one twice."""
+        n = len(self.paths)
+        if self.may_shrink:
+            return [i for i in range(n) if i not in bad]
+        return [next(j % n for j in range(i, i + n) if j % n not in bad) for i in range(n)]
+
+    def without(self, bad: Collection[int]) -> BatchPlan:
+        """The batch without the images at these positions, of which there are fewer than all."""
+        return self.take(self.rows_without(bad)) if bad else self
 
     def place(self, root: Path, i: int) -> Place:
         """Where image `i` of the batch is read."""
@@ -144,7 +169,7 @@ def fill_batches(
 def eval_batches(split: Split, image_size: int, batch_size: int, worker: Worker) -> Iterator[BatchPlan]:
     """This worker's part of a split, each image on exactly one worker, in batches of at most `batch_size`."""
     for ids_N in eval_ids(len(split.paths), batch_size, worker):
-        yield plan_batch(split, AugmentSpec(), image_size, 0, 0, ids_N)
+        yield replace(plan_batch(split, AugmentSpec(), image_size, 0, 0, ids_N), may_shrink=True)
 
 
 def eval_ids(images: int, batch_size: int, worker: Worker) -> Iterator[np.ndarray]:

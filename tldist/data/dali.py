@@ -6,6 +6,7 @@ box of each JPEG is decoded. Outputs are uint8 NHWC and enter torch through DLPa
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,8 +26,9 @@ from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from nvidia.dali.pipeline import do_not_convert, pipeline_def
 from torch import Tensor
 
+from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, decode_error
+from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch
 from tldist.data.presets import BINS, TRIVIAL_TRANSLATE, AugmentSpec, PolicyName
 from tldist.data.shards import read_bytes
 
@@ -148,6 +150,9 @@ def _inputs(plan: BatchPlan, root: Path, encoded: list[np.ndarray]) -> dict[str,
     }
 
 
+_Reading = tuple[BatchPlan, list[Future[np.ndarray]]]
+
+
 class DaliLoader:
     """One DALI pipeline that takes plans a few batches ahead of the consumer."""
 
@@ -159,10 +164,11 @@ class DaliLoader:
         max_batch: int,
         threads: int,
         device: torch.device,
+        bad: BadImages,
         in_shards: bool = False,
     ) -> None:
         """`in_shards`: the plans' images lie in tars; these are read by threads of our own."""
-        self.root, self.device = root, device
+        self.root, self.device, self.bad = root, device, bad
         self._names = _input_names(spec, in_shards)
         self._readers = ThreadPoolExecutor(threads) if in_shards else None
         on_gpu = device.type == "cuda"
@@ -179,46 +185,70 @@ class DaliLoader:
             prefetch_queue_depth=IN_FLIGHT,
         )
         self._pipeline: Any = None
-        self._plans: Iterator[tuple[BatchPlan, list[Future[np.ndarray]]]] = iter(())
+        self._plans: Iterator[_Reading] = iter(())
+        self._waiting: deque[_Reading] = deque()
         self._taken: deque[BatchPlan] = deque()
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """In order."""
-        self._plans, self._taken = self._read_ahead(plans), deque()
-        if self._pipeline is None:
-            # DALI's own automatic augmentations call names of its that are deprecated, and no filter stops the noise.
-            with warnings.catch_warnings(record=True):
-                self._pipeline = self._build()
-        # Until the last batch is out, the pipeline holds plans of this epoch that no other may see.
-        pipeline, self._pipeline = self._pipeline, None
-        while (images := self._run(pipeline)) is not None:
+        plans = iter(plans)
+        pipeline = self._start(plans)
+        while True:
+            try:
+                images = self._run(pipeline)
+            except RuntimeError as error:
+                # DALI neither names the file nor goes on: what it held is given to a new pipeline.
+                pipeline = self._start(itertools.chain(self._held_without_bad(error), plans))
+                continue
+            if images is None:
+                break
             plan = self._taken.popleft()
             yield Batch(images, torch.from_numpy(plan.labels_N).to(self.device, non_blocking=True), plan)
         pipeline.reset()
         self._pipeline = pipeline
 
+    def _start(self, plans: Iterable[BatchPlan]) -> Any:
+        """A pipeline for these plans: until the last batch is out, it holds some that no other epoch may see."""
+        self._waiting, self._taken = deque(), deque()
+        self._plans = self._read_ahead(map(self.bad.without_known, plans))
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is None:
+            # DALI's own automatic augmentations call names of its that are deprecated, and no filter stops the noise.
+            with warnings.catch_warnings(record=True):
+                pipeline = self._build()
+        return pipeline
+
+    def _held_without_bad(self, error: RuntimeError) -> list[BatchPlan]:
+        """The plans that a failed pipeline had taken, the first without its bad images. Raises DecodeError."""
+        if isinstance(error, DecodeError):
+            raise error
+        suspects = dict.fromkeys(range(len(self._taken[0].paths)), error)
+        first = self.bad.without(self.root, self._taken[0], suspects, certain=False)
+        return [first, *list(self._taken)[1:], *(plan for plan, _ in self._waiting)]
+
     def _next_inputs(self) -> list[Any]:
         """Called by DALI whenever it has room for another batch; StopIteration ends the epoch."""
         plan, reads = next(self._plans)
+        errors = {i: error for i, read in enumerate(reads) if (error := read.exception()) is not None}
+        if errors:
+            reads = [reads[i] for i in plan.rows_without(errors)] if len(errors) < len(reads) else []
+            plan = self.bad.without(self.root, plan, errors)
         self._taken.append(plan)
-        try:
-            inputs = _inputs(plan, self.root, [read.result() for read in reads])
-        except OSError as error:
-            raise decode_error(self.root, plan, range(len(plan.paths)), error) from error
+        inputs = _inputs(plan, self.root, [read.result() for read in reads])
         return [inputs[name] for name in self._names]
 
-    def _read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[tuple[BatchPlan, list[Future[np.ndarray]]]]:
+    def _read_ahead(self, plans: Iterable[BatchPlan]) -> Iterator[_Reading]:
         """Each plan, with its images' bytes where they lie in shards: read while earlier batches are shown."""
         if self._readers is None:
             yield from ((plan, []) for plan in plans)
             return
-        waiting: deque[tuple[BatchPlan, list[Future[np.ndarray]]]] = deque()
         for plan in plans:
             places = [plan.place(self.root, i) for i in range(len(plan.paths))]
-            waiting.append((plan, [self._readers.submit(read_bytes, place) for place in places]))
-            if len(waiting) > IN_FLIGHT:
-                yield waiting.popleft()
-        yield from waiting
+            self._waiting.append((plan, [self._readers.submit(read_bytes, place) for place in places]))
+            if len(self._waiting) > IN_FLIGHT:
+                yield self._waiting.popleft()
+        while self._waiting:
+            yield self._waiting.popleft()
 
     def _run(self, pipeline: Any) -> Tensor | None:
         try:
@@ -228,9 +258,6 @@ class DaliLoader:
             (images,) = pipeline.run(stream)
         except StopIteration:
             return None
-        except RuntimeError as error:
-            # DALI neither names the file nor goes on with the rest of the batch.
-            raise decode_error(self.root, self._taken[0], range(len(self._taken[0].paths)), error) from error
         return torch.from_dlpack(images.as_tensor())
 
     def close(self) -> None:

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tldist.config import UserError, nearest
 from tldist.data.shards import Members, Row, Shards, is_shards, open_shards
 from tldist.data.verify import File, Progress, Verdict, num_workers, verdicts, write_atomically
 
 SPLITS = ("train", "val")
+IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 _VERSION = 1  # of the file that `save_index` writes
 _LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg"
 _CLUTTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini"})  # what Windows hides without a leading dot
@@ -73,6 +75,13 @@ class Skipped:
     """Relative to the root."""
     reason: str
     """In plain words: `GIF is not supported`, `empty file`, `hidden file`."""
+
+    @property
+    def is_bad_image(self) -> bool:
+        """Was it meant to be an image? Hidden files, and others by content and name (`notes.txt`), were not."""
+        if self.reason in ("hidden file", "hidden folder", "not in a class folder"):
+            return False
+        return self.reason not in ("not an image", "empty file") or Path(self.path).suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

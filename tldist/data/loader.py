@@ -14,10 +14,10 @@ from torch import Tensor
 
 from tldist import dist
 from tldist.config import DataConfig, UserError
+from tldist.data.bad_images import BadImages
 from tldist.data.batches import BatchPlan
 from tldist.data.presets import AugmentSpec
-from tldist.data.shards import Place, is_shards, verify_place
-from tldist.data.verify import strict_pillow
+from tldist.data.shards import Place, is_shards
 
 IN_FLIGHT = 3
 """Batches being prepared while one is used: enough to ride over a slow image, little memory."""
@@ -32,7 +32,7 @@ Read = Callable[[int, Place], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """images_NHWC: uint8 on the worker's device; labels_N: int64 there; plan: what was asked for."""
+    """images_NHWC: uint8 on the worker's device; labels_N: int64 there; plan: what is shown."""
 
     images_NHWC: Tensor
     labels_N: Tensor
@@ -48,26 +48,12 @@ class Loader(Protocol):
     """Turns plans into batches, in order, working ahead of the consumer."""
 
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
-        """Raises DecodeError naming the files when a batch cannot be read."""
+        """What becomes of images that cannot be read is for `BadImages` to say: a batch's plan is what it shows."""
         ...
 
     def close(self) -> None:
         """Stop threads and free buffers."""
         ...
-
-
-class DecodeError(RuntimeError):
-    """Files that the index had accepted cannot be read any more."""
-
-
-def decode_error(root: Path, plan: BatchPlan, images: Iterable[int], reason: object) -> DecodeError:
-    """The error for a batch of which some of `images` could not be decoded. DALI names no file, so each is looked at
-    again."""
-    with strict_pillow():
-        found = {plan.paths[i]: verify_place(plan.place(root, i)) for i in images}
-    bad = [f"{path} ({verdict})" for path, verdict in found.items() if isinstance(verdict, str)]
-    what = ", ".join(bad[:5]) or f"one of {', '.join(found)} ({' '.join(str(reason).split())[:300]})"
-    return DecodeError(f"cannot decode {what} under {root}: files changed since they were checked, start the run again")
 
 
 def loader_kind(config: DataConfig) -> str:
@@ -88,17 +74,24 @@ def threads_per_worker(config: DataConfig) -> int:
 
 
 def open_loader(
-    config: DataConfig, spec: AugmentSpec, max_batch: int, device: torch.device, read: Read | None = None
+    config: DataConfig,
+    spec: AugmentSpec,
+    max_batch: int,
+    device: torch.device,
+    read: Read | None = None,
+    bad: BadImages | None = None,
 ) -> Loader:
     """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`.
 
-    Where `read` gives the images, it is torchvision's: DALI decodes files itself.
+    Where `read` gives the images, it is torchvision's: DALI decodes files itself. `bad` says what becomes of images
+    that cannot be read (default: an error).
     """
+    bad = bad or BadImages()
     root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config)
     if read is None and loader_kind(config) == "dali":
         from tldist.data.dali import DaliLoader
 
-        return DaliLoader(root, spec, config.image_size, max_batch, threads, device, is_shards(root))
+        return DaliLoader(root, spec, config.image_size, max_batch, threads, device, bad, is_shards(root))
     from tldist.data.torchvision_loader import TorchvisionLoader
 
-    return TorchvisionLoader(root, spec, config.image_size, threads, device, read)
+    return TorchvisionLoader(root, spec, config.image_size, threads, device, bad, read)

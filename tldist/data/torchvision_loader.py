@@ -19,8 +19,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
 from tldist.data.augment import Views
+from tldist.data.bad_images import BadImages
 from tldist.data.batches import BatchPlan
-from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, Read, decode_error
+from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, Read
 from tldist.data.presets import BINS, POLICY_OPS, SIGNED_OPS, AugmentSpec, PolicyName, magnitude_range
 from tldist.data.shards import Place, read_bytes
 
@@ -38,9 +39,11 @@ class TorchvisionLoader:
         image_size: int,
         threads: int,
         device: torch.device,
+        bad: BadImages,
         read: Read | None = None,
     ) -> None:
         self.root, self.spec, self.image_size, self.device = root, spec, image_size, device
+        self.bad = bad
         self.read: Read = read or (lambda _, place: read_rgb(place))
         # Each image is one thread's work; nested intra-op threads would only fight over the cores.
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -48,12 +51,11 @@ class TorchvisionLoader:
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """In order."""
         waiting: deque[tuple[BatchPlan, Tensor, list[Future[None]]]] = deque()
-        plans = iter(plans)
+        plans = map(self.bad.without_known, plans)
         for plan in itertools.islice(plans, IN_FLIGHT):
             waiting.append(self._schedule(plan))
         while waiting:
-            plan, images, tasks = waiting.popleft()
-            self._wait(plan, tasks)
+            plan, images = self._finished(*waiting.popleft())
             for ahead in itertools.islice(plans, 1):
                 waiting.append(self._schedule(ahead))
             labels = torch.from_numpy(plan.labels_N).to(self.device, non_blocking=True)
@@ -69,12 +71,15 @@ class TorchvisionLoader:
         image_CHW = self.read(int(plan.ids_N[i]), plan.place(self.root, i))
         out_HWC.copy_(show(image_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0))
 
-    def _wait(self, plan: BatchPlan, tasks: list[Future[None]]) -> None:
-        for i, task in enumerate(tasks):
-            try:
-                task.result()
-            except (RuntimeError, OSError, ValueError) as error:
-                raise decode_error(self.root, plan, [i], error) from error
+    def _finished(self, plan: BatchPlan, images: Tensor, tasks: list[Future[None]]) -> tuple[BatchPlan, Tensor]:
+        """The batch when all of its images are there, without those that could not be read."""
+        errors = {i: error for i, task in enumerate(tasks) if (error := task.exception()) is not None}
+        if not errors:
+            return plan, images
+        for error in errors.values():
+            if not isinstance(error, RuntimeError | OSError | ValueError):
+                raise error
+        return self.bad.without(self.root, plan, errors), images[plan.rows_without(errors)]
 
     def close(self) -> None:
         """Stop the threads."""

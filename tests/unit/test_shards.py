@@ -527,6 +527,19 @@ def test_shard_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.
     assert said([str(out), str(tmp_path / "x")], capsys).count("holds shards already") == 1
 
 
+def test_check_finds_one_wrong_bit(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = copied(packed, tmp_path)
+    assert main(["data", "check", str(root)]) == 0
+    row = json.loads((root / MANIFEST).read_text())["shards"]["val-000002.tar"]["images"][1]
+    with (root / "val-000002.tar").open("r+b") as file:
+        file.seek(row[1] + row[2] // 2)
+        byte = file.read(1)[0]
+        file.seek(row[1] + row[2] // 2)
+        file.write(bytes([byte ^ 1]))
+    assert main(["data", "check", str(root)]) == 2
+    assert f"val-000002.tar is damaged: {row[0]} in it is not what was written" in capsys.readouterr().err
+
+
 def test_mistakes_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

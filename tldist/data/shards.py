@@ -88,7 +88,8 @@ def read_bytes(place: Place) -> np.ndarray:
     """The uint8 bytes of a file, or of a tar's member. Safe in threads. Raises OSError, also for a tar too short."""
     if isinstance(place, Path):
         return np.fromfile(place, dtype=np.uint8)
-    data = os.pread(_opened(place.tar).descriptor, place.num_bytes, place.offset)
+    opened = _opened(place.tar)  # held until the bytes are here: another thread may make the cache forget it
+    data = os.pread(opened.descriptor, place.num_bytes, place.offset)
     if len(data) < place.num_bytes:
         raise OSError(0, f"{Path(place.tar).name} ends before it")
     return np.frombuffer(bytearray(data), dtype=np.uint8)  # writable, which torch insists on

@@ -13,6 +13,7 @@ from tldist.config import UserError, nearest
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
 from tldist.data.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_folders, write_shards
+from tldist.data.shards import check_bytes, is_shards
 from tldist_launcher.arguments import as_number, parse_flags, take_flags
 
 
@@ -46,6 +47,9 @@ def check_command(words: Sequence[str]) -> int:
         raise UserError("name one folder: tldist data check ROOT")
     with _bar("looking at images") as progress:
         index = build_index(Path(words[0]).expanduser(), progress=progress)
+    if is_shards(index.root):
+        with _bar("comparing checksums") as progress:
+            check_bytes(index.root, progress)
     _print_index(index)
     return 0
 
@@ -109,7 +113,8 @@ HELP = f"""\
       Write a published data set as an image folder: {", ".join(DATASETS)}.
       --from: a folder that holds its archives already.
   check ROOT
-      What training would see in an image folder, or in shards, and every file that it would skip.
+      What training would see in an image folder, or in shards, and every file that it would skip. Of shards that
+      tldist wrote, every image is compared with its checksum.
   shard ROOT OUT [--size PIXELS] [--images-per-shard N] [--seed N]
       Write the image folder ROOT to OUT as tar shards (train-000000.tar, ...) that --data.root takes and the
       webdataset library reads: few large files, for a million images or a network file system.

@@ -22,7 +22,7 @@ from tldist import config, worker
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
 from tldist.data import pixels as cache
 from tldist.data.augment import draw_views, evaluation_sizes
-from tldist.data.bad_images import DecodeError
+from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
 from tldist.data.index import Index, build_index
 from tldist.data.loader import Read, open_loader
@@ -73,7 +73,7 @@ def settings(root: Path, kind: Kind = "memory") -> DataConfig:
 
 
 def shown(root: Path, plans: list[BatchPlan], spec: AugmentSpec, read: Read | None) -> torch.Tensor:
-    loader = TorchvisionLoader(root, spec, SIDE, 2, CPU, read)
+    loader = TorchvisionLoader(root, spec, SIDE, 2, CPU, BadImages(), read)
     try:
         return torch.cat([batch.images_NHWC for batch in loader.batches(plans)])
     finally:

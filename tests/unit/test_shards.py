@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gzip
 import io
 import json
@@ -11,7 +12,9 @@ import os
 import shutil
 import signal
 import tarfile
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +165,20 @@ def test_both_loaders_show_the_folder_s_pixels(folder: Path, packed: Path, kind:
     assert not torch.equal(shown(packed, kind, moved[::-1]), expected)
 
 
+def test_many_threads_read_while_tars_are_opened_and_forgotten(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptors are shared, and closed when the cache is full: never under a reader, and none is left open."""
+    monkeypatch.setattr(shards, "_opened", functools.lru_cache(maxsize=1)(shards._Opened))
+    members, before = build_index(packed).train.members, len(list(Path("/proc/self/fd").iterdir()))
+    assert members is not None
+    places = [members.place(packed, i) for i in range(26)]
+    expected = [zlib.crc32(shards.read_bytes(place).tobytes()) for place in places]
+    ids = np.random.default_rng(0).integers(0, 26, 4000).tolist()
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda i: zlib.crc32(shards.read_bytes(places[i]).tobytes()), ids))
+    assert found == [expected[i] for i in ids]
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
 def test_a_smaller_copy(folder: Path, tmp_path: Path) -> None:
     """Short sides of 64, upright, and nearly the pixels of scaling; what is small already keeps its bytes."""
     files = build_index(folder)
@@ -295,6 +312,13 @@ def test_workers_read_shards_of_their_own() -> None:
     uneven = epoch_of(split_of(UNEVEN), 16, 4, window=10_000).swapaxes(0, 1).reshape(4, -1)
     shard_of = np.repeat(np.arange(9), UNEVEN)
     assert sum(len(np.unique(shard_of[row])) for row in uneven) <= 9 + 2 * 3 + 2
+
+
+def test_an_image_folder_is_shuffled_in_full_as_ever() -> None:
+    """Whatever the window: runs of earlier versions go on with the same bits."""
+    files = replace(split_of([20] * 8), members=None)
+    full = np.random.Generator(np.random.Philox(key=[0, 3])).permutation(160)
+    assert np.array_equal(epoch_of(files, 16, 4, epoch=3, window=2).reshape(-1), full)
 
 
 def test_lanes() -> None:
@@ -453,7 +477,8 @@ def test_a_tar_that_changes_during_the_run_is_named(packed: Path, tmp_path: Path
         else:
             file.seek(offset)
             file.write(b"\0" * num_bytes)
-    with pytest.raises(DecodeError, match=plans[1].paths[3]):
+    says = f"{Path(tar).name} ends before it" if damage == "cut off" else "not an image"
+    with pytest.raises(DecodeError, match=rf"{plans[1].paths[3]} \(.*{says}"):
         shown(root, kind, plans, AugmentSpec())
 
 
@@ -526,6 +551,19 @@ def test_shard_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.
     assert main(["data", "check", str(out)]) == 0
     assert "train: 26 images" in capsys.readouterr().out
     assert said([str(out), str(tmp_path / "x")], capsys).count("holds shards already") == 1
+
+
+def test_check_finds_one_wrong_bit(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = copied(packed, tmp_path)
+    assert main(["data", "check", str(root)]) == 0
+    row = json.loads((root / MANIFEST).read_text())["shards"]["val-000002.tar"]["images"][1]
+    with (root / "val-000002.tar").open("r+b") as file:
+        file.seek(row[1] + row[2] // 2)
+        byte = file.read(1)[0]
+        file.seek(row[1] + row[2] // 2)
+        file.write(bytes([byte ^ 1]))
+    assert main(["data", "check", str(root)]) == 2
+    assert f"val-000002.tar is damaged: {row[0]} in it is not what was written" in capsys.readouterr().err
 
 
 def test_mistakes_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import tarfile
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -218,7 +219,7 @@ class _Tar:
         name = f"{key}.{_extension(image.data)}"
         offset = self._append(name, image.data)
         self._append(f"{key}.cls", str(label).encode())
-        return Row(name, offset, len(image.data), label, *image.size)
+        return Row(name, offset, len(image.data), label, *image.size, crc32=zlib.crc32(image.data))
 
     def _append(self, name: str, data: bytes) -> int:
         """Returns the offset of the data, which are padded to whole blocks."""

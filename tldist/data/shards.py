@@ -14,6 +14,7 @@ import posixpath
 import re
 import tarfile
 import weakref
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tldist.config import UserError
-from tldist.data.verify import File, Progress, Verdict, cache_path, recall, remember, verdicts, verify
+from tldist.data.verify import File, Progress, Verdict, cache_path, num_workers, recall, remember, verdicts, verify
 
 MANIFEST = "shards.json"
 """Written last: without it, or while it says `finished: false`, what `tldist data shard` wrote is not used."""
@@ -87,7 +88,7 @@ def read_bytes(place: Place) -> np.ndarray:
     """The uint8 bytes of a file, or of a tar's member. Safe in threads. Raises OSError, also for a tar too short."""
     if isinstance(place, Path):
         return np.fromfile(place, dtype=np.uint8)
-    opened = _opened(place.tar)  # held until it is read: of two threads that open it at once, one's is not kept
+    opened = _opened(place.tar)  # held until the bytes are here: another thread may make the cache forget it
     data = os.pread(opened.descriptor, place.num_bytes, place.offset)
     if len(data) < place.num_bytes:
         raise OSError(0, f"{Path(place.tar).name} ends before it")
@@ -147,6 +148,8 @@ class Row(NamedTuple):
     label: int
     height: int
     width: int
+    crc32: int = 0
+    """Of its bytes, as we wrote them."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +181,45 @@ def open_shards(root: str, pool: ThreadPoolExecutor, progress: Progress | None =
         UserError: the manifest is damaged or unfinished, a tar is missing, damaged or not what it was, a label has
             no class.
     """
+    _opened.cache_clear()  # a tar may have been replaced since
     if (Path(root) / MANIFEST).is_file():
         return _from_manifest(Path(root))
     return _from_headers(root, pool, progress)
+
+
+def check_bytes(root: str, progress: Progress | None = None) -> None:
+    """Read every image of shards that have a manifest, and compare its checksum. Others are always looked at in full.
+
+    Raises:
+        UserError: naming the first image whose bytes are not those that were written.
+    """
+    if not (Path(root) / MANIFEST).is_file():
+        return
+    shards = _from_manifest(Path(root)).shards
+    done, total = 0, sum(map(len, shards.values()))
+    with ThreadPoolExecutor(num_workers()) as pool:
+        found = pool.map(_first_wrong, (f"{root}/{name}" for name in shards), shards.values())
+        for (name, rows), wrong in zip(shards.items(), found, strict=True):
+            if wrong is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise UserError(
+                    f"{root}/{name} is damaged: {wrong.name} in it is not what was written: copy it anew or write the "
+                    "shards again with `tldist data shard`"
+                )
+            done += len(rows)
+            if progress:
+                progress(done, total)
+
+
+def _first_wrong(tar: str, rows: list[Row]) -> Row | None:
+    """The first image whose bytes are not as they were written."""
+    try:
+        for row in rows:
+            if zlib.crc32(read_bytes(Member(tar, row.offset, row.num_bytes)).tobytes()) != row.crc32:
+                return row
+    except OSError as error:
+        raise UserError(f"cannot read {tar} ({error.strerror}): copy it anew") from error
+    return None
 
 
 def manifest(classes: tuple[str, ...], shards: dict[str, list[Row]], sizes: dict[str, int]) -> str:

@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.saver", "tldist.tracking"),
     ("tldist.evaluate", "tldist.plots", "tldist.recipes", "tldist.run"),
     ("tldist.inputs",),
-    ("tldist.phase", "tldist.report"),
+    ("tldist.phase", "tldist.preview", "tldist.report"),
     ("tldist.fit",),
     ("tldist.worker",),
     ("tldist.find_lr",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def contact_sheet(
 
 
 def _plain(plan: BatchPlan, i: int, data: DataConfig, index: Index, read: Read | None) -> _Tile:
-    place = plan.place(index.folder, i)
+    place = plan.place(Path(index.root), i)
     image_CHW = read(int(plan.ids_N[i]), place) if read else read_rgb(place)
     image_CHW = show(image_CHW, plan.views[i], AugmentSpec(), data.image_size)
     return _tile(image_CHW.permute(1, 2, 0), index.classes[int(plan.labels_N[i])])

@@ -111,6 +111,7 @@ def write_report(run_dir: Path, data_root: Path | None = None) -> Path:
     drawn = _Drawer(run_dir / "plots")
     sections = [
         Section("Training", pictures=drawn.all([("loss", plots.loss(log)), ("top1", plots.top1(log))])),
+        Section("What training sees", pictures=_inputs(run_dir)),
         Section("Learning rate and throughput", pictures=_speed_pictures(drawn, log)),
         _plan(log),
         _phases(log),
@@ -222,6 +223,17 @@ def _facts(log: RunLog) -> list[Fact]:
 
 def _percent(share: float | None) -> str:
     return wording.percent(share, 1)
+
+
+def _inputs(run_dir: Path) -> list[Picture]:
+    """The contact sheet, where there is one."""
+    path = run_dir / "plots" / "inputs.jpg"
+    if not path.is_file():
+        return []
+    with Image.open(path) as sheet:
+        width_px = sheet.width
+    uri = "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+    return [Picture(uri, "training images as evaluation shows them, augmented, and mixed", width_px, wide=True)]
 
 
 def _speed_pictures(drawn: _Drawer, log: RunLog) -> list[Picture]:

@@ -14,7 +14,7 @@ from tldist.control import Control
 from tldist.data.bad_images import BadImages
 from tldist.data.batches import Worker, steps_per_epoch
 from tldist.data.index import Index
-from tldist.data.loader import Loader
+from tldist.data.loader import Loader, Read
 from tldist.engine import Numerics
 from tldist.plan import Plan
 from tldist.saver import Saver
@@ -44,6 +44,8 @@ class Run:
 
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hears of every step; one that was not started only listens."""
+    train_pixels: Read | None = None
+    """What the training loader reads instead of files."""
     bad_images: BadImages = field(default_factory=BadImages)
     """What the loaders could not read."""
 
@@ -51,6 +53,11 @@ class Run:
     def worker(self) -> Worker:
         """This worker's place among all."""
         return Worker(dist.rank(), dist.world_size())
+
+    @property
+    def share(self) -> int:
+        """This worker's images of a step."""
+        return self.config.data.batch_size // dist.world_size()
 
     @property
     def steps_per_epoch(self) -> int:

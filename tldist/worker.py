@@ -31,6 +31,7 @@ from tldist.flops import peak_flops
 from tldist.metrics import Window, count_parameters
 from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
+from tldist.preview import contact_sheet
 from tldist.report import write_report
 from tldist.rules import validate
 from tldist.run import Run
@@ -138,6 +139,8 @@ def _run(
         (parts.run_dir / "logs" / "wandb_run_id").write_text(sink.run_id)
     try:
         announce(parts)
+        if dist.is_main():
+            show_inputs(parts, sink)
         result = fit(parts)
         watchdog.beat("writing the last checkpoint")
         parts.saver.close()
@@ -192,6 +195,7 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         index=index,
         train_loader=open_loader(data, augment_spec(data.augment), share, device, pixels.train, bad),
         eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val, bad),
+        train_pixels=pixels.train,
         bad_images=bad,
         numbers=numbers,
         log=log,
@@ -288,6 +292,20 @@ def announce(parts: Run) -> None:
     )
     for skipped in () if (parts.saver.folder / "last").exists() else index.skipped:
         parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
+
+
+def show_inputs(parts: Run, sink: WandbSink | None) -> None:
+    """Draw plots/inputs.jpg, once a run: a contact sheet of what training sees."""
+    path = parts.run_dir / "plots" / "inputs.jpg"
+    if path.exists():
+        return
+    path.parent.mkdir(exist_ok=True)
+    data, read = parts.config.data, parts.train_pixels
+    sheet = contact_sheet(data, parts.index, parts.config.seed, parts.train_loader, parts.share, read)
+    with contextlib.suppress(OSError):  # a full disk: training goes on without the picture
+        sheet.save(path, quality=90)
+        if sink is not None:
+            sink.write({"event": "inputs", "path": str(path), "step": 0})
 
 
 def bad_at_check(index: Index) -> set[str]:

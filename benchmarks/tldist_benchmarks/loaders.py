@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
-from tldist.data.sharding import encode
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -32,6 +31,7 @@ from tldist.data.index import Index, Split
 from tldist.data.loader import Read, open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import PRESETS
+from tldist.data.sharding import encode
 from tldist.data.verify import num_workers, strict_pillow, verify
 from tldist.inputs import to_input
 from tldist_benchmarks import harness, report
@@ -264,8 +264,8 @@ def run(settings: Settings) -> None:
         found, compared = rows(measured), ratios(measured)
         title = f"loaders: {settings.image_size} px, batch {settings.batch_size}, {dist.cores()} cores"
         report.print_tables(table(title, found), report.ratio_table(compared, TARGETS))
-        environment = {**harness.facts(device), "dtype": str(DTYPE).removeprefix("torch.")}
-        path = report.write("loaders", settings, environment, measured, found, compared)
+        dtype = str(DTYPE).removeprefix("torch.")
+        path = report.write("loaders", settings, harness.facts(device), measured, found, compared, dtype=dtype)
         speeds = {row["variant"]: row["times_lecture"] for row in found}
         report.chart("images/s, times the lecture's DataLoader", speeds, path.with_suffix(".png"))
 

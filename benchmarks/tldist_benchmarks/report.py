@@ -68,13 +68,15 @@ def write(
     measured: Measured,
     rows: list[dict[str, Any]],
     compared: Mapping[str, Series],
+    **constants: Any,
 ) -> Path:
     """`OUT/NAME-DATE.csv` and, where it is wanted, the JSON; returns the former's path.
 
-    `settings` are the bench's flags; with `environment` they stand in every row.
+    `settings` are the bench's flags, `constants` what it measures with and no flag changes; with `environment` they
+    stand in every row.
     """
     flags = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("json", "out", "data")}
-    same = {"bench": name.split("-")[0], **environment, **flags}
+    same = {"bench": name.split("-")[0], **environment, **flags, **constants}
     path = Path(settings.out) / f"{name}-{time.strftime('%Y-%m-%d')}.csv"
     harness.append_csv(path, same, {**measured, "ratios": dict(compared)} if compared else measured)
     if settings.json:

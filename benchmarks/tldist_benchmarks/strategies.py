@@ -391,8 +391,9 @@ def run(settings: Settings) -> None:
         report.print_tables(
             variant_table(settings, found), report.ratio_table(compared, TARGETS.get(settings.model, {}))
         )
-        environment = {**harness.facts(device), "optimizer": "adamw", "classes": CLASSES}
-        path = report.write(f"strategies-{settings.model}", settings, environment, measured, found, compared)
+        used = {"optimizer": "adamw", "classes": CLASSES}
+        facts = harness.facts(device)
+        path = report.write(f"strategies-{settings.model}", settings, facts, measured, found, compared, **used)
         draw(settings, found, path.with_suffix(".png"))
 
 

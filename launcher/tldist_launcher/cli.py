@@ -103,7 +103,12 @@ def _demo(words: Sequence[str]) -> int:
 def _data(words: Sequence[str]) -> int:
     from tldist_launcher import data
 
-    commands = {"fetch": data.fetch_command, "check": data.check_command, "shard": data.shard_command}
+    commands = {
+        "fetch": data.fetch_command,
+        "check": data.check_command,
+        "preview": data.preview_command,
+        "shard": data.shard_command,
+    }
     if not words or words[0] not in commands:
         given = words[0] if words else ""
         raise UserError(f"tldist data needs a command{nearest(given, commands)}: {', '.join(commands)}")
@@ -145,8 +150,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (
         _data,
-        "data fetch NAME --root DIR | check ROOT | shard ROOT OUT",
-        "write a data set, look through one, or pack it into tar shards",
+        "data fetch NAME --root DIR | check | preview ROOT | shard ROOT OUT",
+        "write a data set, look through or at one, or pack it into tar shards",
     ),
     "bench": (
         _bench,

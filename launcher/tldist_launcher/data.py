@@ -1,4 +1,4 @@
-"""`tldist data fetch`, `tldist data check` and `tldist data shard`."""
+"""`tldist data fetch`, `check`, `preview` and `shard`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tldist.config import UserError, nearest
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
+from tldist.data.loader import open_loader
+from tldist.data.presets import augment_spec
 from tldist.data.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_folders, write_shards
 from tldist.data.shards import check_bytes, is_shards
-from tldist_launcher.arguments import as_number, parse_flags, take_flags
+from tldist.preview import IMAGES, contact_sheet
+from tldist_launcher.arguments import as_number, parse_flags, parse_run, take_flags
 
 
 def fetch_command(words: Sequence[str]) -> int:
@@ -76,6 +80,26 @@ def shard_command(words: Sequence[str]) -> int:
     return 0
 
 
+def preview_command(words: Sequence[str]) -> int:
+    """`preview ROOT [--out FILE] [--seed N] [--FLAG VALUE ...]`: the flags are those of --data, without the `data.`."""
+    own, rest = take_flags(words, {"--out": "preview.jpg", "--seed": "0"})
+    if not rest or rest[0].startswith("-"):
+        raise UserError("name one folder: tldist data preview ROOT")
+    root, *flags = rest
+    flags = [f"--data.{word[2:]}" if word.startswith("--") else word for word in flags]
+    settings = parse_run(["folder", "--data.root", root, "--seed", own["--seed"], *flags], "data preview")
+    data, out = settings.data, Path(own["--out"]).expanduser()
+    if not out.parent.is_dir() or out.suffix.lower() not in (".jpg", ".png"):
+        raise UserError(f"--out {out} must be a .jpg or .png file in a folder that exists")
+    with _bar("looking at images") as progress:
+        index = build_index(root, data.classes, progress)
+    loader = open_loader(data, augment_spec(data.augment), IMAGES, torch.device("cpu"))
+    contact_sheet(data, index, settings.seed, loader, IMAGES).save(out)
+    loader.close()
+    print(f"preview: {out}")
+    return 0
+
+
 def _at_least(flag: str, value: str, low: int) -> int:
     number = as_number(flag, value, int)
     if number < low:
@@ -106,6 +130,8 @@ def _print_skipped(index: Index) -> None:
     print(f"skipped: {len(index.skipped)}")
     for skipped in index.skipped:
         print(f"  {skipped.path}: {skipped.reason}")
+    if bad := sum(item.is_bad_image for item in index.skipped):
+        print(f"bad images: {bad}: training stops at these, or goes on without them with --data.on-bad-image skip")
 
 
 HELP = f"""\
@@ -115,6 +141,9 @@ HELP = f"""\
   check ROOT
       What training would see in an image folder, or in shards, and every file that it would skip. Of shards that
       tldist wrote, every image is compared with its checksum.
+  preview ROOT [--augment lecture] [--mixup A] [--cutmix A] [--out preview.jpg] [--seed N]
+      A contact sheet of what training would see: a few images, how each looks in the first epochs, and how batches are
+      mixed. It takes every flag of --data, without the `data.`.
   shard ROOT OUT [--size PIXELS] [--images-per-shard N] [--seed N]
       Write the image folder ROOT to OUT as tar shards (train-000000.tar, ...) that --data.root takes and the
       webdataset library reads: few large files, for a million images or a network file system.

@@ -12,7 +12,8 @@ def hymenoptera() -> RunConfig:
     return RunConfig(
         recipe="hymenoptera",
         strategy=StrategyConfig(name="feature_extraction", backbone_lr=0.1),
-        data=DataConfig(root="data/hymenoptera", batch_size=32, image_size=96, augment="basic"),
+        # The archive holds one file that is no photo, train/ants/imageNotFound.gif.
+        data=DataConfig(root="data/hymenoptera", batch_size=32, image_size=96, augment="basic", on_bad_image="skip"),
         optim=OptimConfig(name="sgd", base_lr=0.2, weight_decay=1e-4),
         train=TrainConfig(epochs=15, label_smoothing=0.0),
     )

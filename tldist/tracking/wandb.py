@@ -246,6 +246,12 @@ def _summary(event: Row) -> Row:
     return row
 
 
+def _inputs_row(event: Row) -> Row:
+    import wandb
+
+    return {"data/inputs": wandb.Image(event["path"], caption="what training sees")}
+
+
 def _predictions_row(event: Row) -> Row:
     row: Row = {}
     if event.get("confusion_CC"):
@@ -260,6 +266,7 @@ _ROWS: dict[str, Callable[[Row], Row]] = {
     "train": _train_row,
     "eval": _eval_row,
     "predictions": _predictions_row,
+    "inputs": _inputs_row,
 }
 
 

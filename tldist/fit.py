@@ -204,6 +204,7 @@ def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:
         gflops_per_image=live.flops.total / 1e9,
         compile_s=round(live.compile_s, 2),
         cache_fill_s=round(live.inputs.fill_s, 2),
+        is_cached=live.inputs.cached,
     )
 
 
@@ -361,7 +362,7 @@ def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) 
 
 
 def by_worker(rows: list[list[float]]) -> dict[str, list[float]]:
-    """Each worker's images/s and data wait, where there are several: the one that waits is the one that all wait for."""
+    """Each worker's images/s and data wait, where there are several: for one that waits, all wait."""
     if len(rows) == 1:
         return {}
     rates, waits = zip(*rows, strict=True)

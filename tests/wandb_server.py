@@ -25,6 +25,8 @@ class Server:
     url: str = ""
     lines: defaultdict[tuple[str, str], dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
     """(run, file) -> place -> line."""
+    nodes: defaultdict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Whose GPU and CPU are on record. (The clients of a shared run each count their lines from 0.)"""
     config: dict[str, Row] = field(default_factory=dict)
     answers: bool = True
     """False: like a network that is gone."""
@@ -33,13 +35,10 @@ class Server:
         """The rows of a run, in order."""
         return [json.loads(line) for _, line in sorted(self.lines[run, HISTORY].items())]
 
-    def labels(self, run: str) -> set[str]:
-        """The nodes whose GPU and CPU are on record."""
-        rows = [json.loads(line) for line in self.lines[run, "wandb-events.jsonl"].values()]
-        return {key.partition("/l:")[2] for row in rows for key in row if "/l:" in key}
-
     def take(self, run: str, files: Row) -> None:
         """What a client streams."""
+        told = files.get("wandb-events.jsonl", {}).get("content", [])
+        self.nodes[run] |= {key.partition("/l:")[2] for line in told for key in json.loads(line) if "/l:" in key}
         for name, part in files.items():
             for i, line in enumerate(part.get("content", [])):
                 self.lines[run, name][part.get("offset", 0) + i] = line

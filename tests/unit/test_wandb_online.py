@@ -94,7 +94,7 @@ def test_two_nodes_are_in_one_run(server: Server, tmp_path: Path) -> None:
         assert node.communicate(timeout=120)[0] == "None\n"
     sink.close()
     assert [row["train/step"] for row in server.history("abc12345")] == [10, 20, 30]
-    assert server.labels("abc12345") == {"first", "second"}
+    assert server.nodes["abc12345"] == {"first", "second"}
 
 
 def test_what_was_kept_offline_is_uploaded_once_and_in_order(

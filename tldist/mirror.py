@@ -86,4 +86,5 @@ def weights_events(parts: Run) -> list[dict[str, Any]]:
 
 def error_event(error: BaseException) -> dict[str, Any]:
     """The row of what ended a run."""
-    return {"event": "error", "text": str(error), "kind": type(error).__name__}
+    row = {"event": "error", "text": str(error), "kind": type(error).__name__}
+    return row | {"lost_peer": True} if dist.is_lost_peer(error) else row

@@ -35,6 +35,8 @@ Notice = Callable[[str], None]
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 60
 """How long the end of a run waits for uploads; what is left stays on disk for `tldist sync`."""
+STOP_TIMEOUT_S = 15
+"""The same of a run that was told to stop: its place is wanted, and the process that goes on makes up for the rest."""
 QUEUE_ROWS = 10_000
 STOPPED = 75
 """Exit code of a run that was stopped and will go on (tldist_launcher.cli)."""
@@ -135,8 +137,9 @@ class WandbSink:
         self._exit_code = exit_code
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=1)
+        patience_s = STOP_TIMEOUT_S if exit_code == STOPPED else FINISH_TIMEOUT_S + 10
         # A queue that overflowed belongs to a wandb-core that hangs: no point in waiting for it.
-        self._thread.join(FINISH_TIMEOUT_S + 10 if self._trouble is None else 1)
+        self._thread.join(patience_s if self._trouble is None else 1)
         if self._thread.is_alive():
             self._trouble = self._trouble or "it does not answer"
             _kill_service()  # or W&B's own exit hook would wait for it for ever
@@ -290,6 +293,9 @@ def _alert(event: Row) -> Row | None:
         best, seconds = (number(event, key) for key in ("best_val_top1", "wall_s"))
         text = f"best validation top-1 {wording.fraction(best)}, after {wording.duration(seconds)}"
         return {"title": "tldist: finished", "text": text, "level": "INFO"}
+    if event.get("event") == "error" and event.get("lost_peer"):
+        text = f"{event.get('text')}; the launcher starts the workers again, as long as --launch.restarts allows"
+        return {"title": "tldist: lost a worker", "text": text[:1000], "level": "WARN"}
     if event.get("event") == "error":
         how = "diverged" if "Diverged" in str(event.get("kind")) else "failed"
         return {"title": f"tldist: {how}", "text": f"{event.get('kind')}: {event.get('text')}"[:1000], "level": "ERROR"}

@@ -107,7 +107,7 @@ def serving() -> Iterator[Server]:
 
         do_GET = do_POST = do_PUT = handle_any
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
 
         def handle(self) -> None:

@@ -6,6 +6,7 @@ import http.server
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,7 @@ class _Refusing(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.send_error(403)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *args: Any, **kwargs: Any) -> None:
         pass
 
 

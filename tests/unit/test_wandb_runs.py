@@ -60,7 +60,7 @@ def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def rows(made: RunConfig, kind: str) -> list[Row]:

@@ -89,7 +89,7 @@ class LivePhase:
 
     def own(self) -> dict[str, Tensor]:
         """What each worker has alone until the epoch's end, a row for each of them. Collective."""
-        rows = {"sums": self.meter.sums, "skips": self.meter.skips}
+        rows = {"sums": self.meter.sums, "skips": self.meter.skips, "norms": self.meter.norms}
         if statistics := self._statistics():
             rows["statistics"] = flat(statistics)
         return {name: dist.gather_rows(row[None]) for name, row in rows.items()}
@@ -97,8 +97,9 @@ class LivePhase:
     def take_own(self, rows: dict[str, Tensor]) -> None:
         """This worker's row; where there were other numbers of workers: the mean, and of sums an equal share."""
         meter = self.meter
-        for name, targets in (("sums", [meter.sums]), ("skips", [meter.skips]), ("statistics", self._statistics())):
-            if targets:
+        meters = {"sums": [meter.sums], "skips": [meter.skips], "norms": [meter.norms]}
+        for name, targets in {**meters, "statistics": self._statistics()}.items():
+            if targets and name in rows:  # checkpoints from before gradient norms were logged lack them
                 row = _row_of_mine(rows[name], shared=name == "sums")
                 for target, value in zip(targets, row.split([t.numel() for t in targets]), strict=True):
                     target.copy_(value.view_as(target))

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from tldist import dist, plots
-from tldist.config import ModelName
+from tldist.config import ModelName, UserError
 from tldist.engine.base import HeldBytes
 from tldist.objectives.base import StepOutput
 from tldist_benchmarks import harness, results
@@ -162,7 +162,10 @@ def run(settings: Settings) -> None:
     s = settings
     check_training(s.model, s.image_size, s.batch_size)
     with machines() as found:
-        threads = max(1, found.found[0].cores // s.workers)
+        machine = found.found[0]
+        if machine.gpus and s.workers > machine.gpus:
+            raise UserError(f"--workers {s.workers}, but this machine has {machine.gpus} GPUs: use at most as many")
+        threads = max(1, machine.cores // s.workers)
         group = found.group([s.workers], threads, Worker, s)
         facts = group.ask("facts")[0]
         measured = measure(group, s.rounds)

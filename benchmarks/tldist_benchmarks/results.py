@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from tldist import plots
@@ -60,9 +61,9 @@ class View:
 
 def print_tables(*tables: Table) -> None:
     """To stdout."""
-    console = Console(width=max(Console().width, TABLE_WIDTH))  # a terminal may wrap lines; cut numbers tell nothing
-    for one in tables:
-        console.print(one)
+    for one in tables:  # a terminal may wrap lines; cut numbers tell nothing
+        wanted = Measurement.get(Console(width=1000), Console(width=1000).options, one).maximum
+        Console(width=max(Console().width, TABLE_WIDTH, wanted)).print(one)
 
 
 def table(title: str, first: str, columns: Sequence[str], caption: str | None = None) -> Table:

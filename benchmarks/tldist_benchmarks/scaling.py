@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from tldist_benchmarks.cost_model import BUCKET_BYTES
 from tldist_benchmarks.harness import Measured, Series, show, synchronize
 from tldist_benchmarks.phase import Phase, Training, check_training
 from tldist_benchmarks.pool import build_run, draw_pool
-from tldist_benchmarks.workers import Group, Machines, Place, Start, machines
+from tldist_benchmarks.workers import Group, Machine, Machines, Place, Start, machines
 
 STRATEGIES: tuple[StrategyName, ...] = ("full", "partial", "feature_extraction")
 """Everything trains; the last stage and the head; the head."""
@@ -154,24 +154,27 @@ def _doubling(most: int) -> list[int]:
     return sorted({*(2**k for k in range(most.bit_length()) if 2**k < most), most})
 
 
-def open_groups(settings: Settings, found: Machines) -> dict[int, Group]:
-    """A group of every size, by its number of workers. Raises UserError."""
-    smallest = min(found.found, key=lambda machine: (machine.gpus, machine.cores))
-    most = settings.workers or smallest.gpus or min(smallest.cores, MOST_ON_CPU)
+def resolved(settings: Settings, found: Sequence[Machine]) -> Settings:
+    """With the number of workers and threads that defaults stand for. Raises UserError."""
+    smallest = min(found, key=lambda machine: (machine.gpus, machine.cores))
     places, what = (smallest.gpus, "GPUs") if smallest.gpus else (smallest.cores, "cores")
+    most = settings.workers or smallest.gpus or min(smallest.cores, MOST_ON_CPU)
     if most > places:
         raise UserError(f"--workers {most}, but {smallest.host} has {places} {what}: use at most {places}")
-    threads = settings.threads or max(1, smallest.cores // most)
-    sizes = group_sizes(most, len(found.found))
+    sizes = [sum(size) for size in group_sizes(most, len(found))]
     if settings.scaling == "strong":
-        share, rest = divmod(settings.batch_size, sum(sizes[-1]))
-        if rest or any(settings.batch_size % sum(size) for size in sizes):
-            raise UserError(f"--batch-size {settings.batch_size} does not share evenly among {sum(sizes[-1])} workers")
-        check_training(settings.model, settings.image_size, share)
+        if any(settings.batch_size % size for size in sizes):
+            raise UserError(f"--batch-size {settings.batch_size} does not share evenly among {sizes} workers")
+        check_training(settings.model, settings.image_size, settings.batch_size // sizes[-1])
+    return replace(settings, workers=most, threads=settings.threads or max(1, smallest.cores // most))
+
+
+def open_groups(settings: Settings, found: Machines) -> dict[int, Group]:
+    """A group of every size, by its number of workers."""
     groups = {}
-    for size in sizes:
-        show(f"starting {sum(size)} on {len(size)} machine{'s' if len(size) > 1 else ''}, {threads} threads each")
-        groups[sum(size)] = found.group(size, threads, Worker, settings)
+    for size in group_sizes(settings.workers, len(found.found)):
+        show(f"starting a group of {sum(size)} on {len(size)} machine{'s' if len(size) > 1 else ''}")
+        groups[sum(size)] = found.group(size, settings.threads, Worker, settings)
     return groups
 
 
@@ -198,19 +201,19 @@ def run(settings: Settings, start: Start | None) -> None:
     """Measure, print, write. Raises UserError and TrainingFailed."""
     check_training(settings.model, settings.image_size, settings.batch_size)
     with machines(start) as found:
+        settings = resolved(settings, found.found)
         groups = open_groups(settings, found)
         facts = groups[1].ask("facts")[0]
         measured = measure(settings, groups)
-        used = {"machines": len(found.found), "most_workers": max(groups), "device": device_kind(found)}
+        used = {
+            "machines": len(found.found),
+            "most_workers": max(groups),
+            "device": "cuda" if found.found[0].gpus else "cpu",
+        }
     result, path = results.write(f"scaling-{settings.model}", settings, facts, measured, **used)
     shown = scaling_view.points(result)
     results.write_json(settings.json, result, shown, extrapolated=scaling_view.extrapolated(result))
     results.show(scaling_view.view(result), path)
-
-
-def device_kind(found: Machines) -> str:
-    """What the workers computed on."""
-    return "cuda" if found.found[0].gpus else "cpu"
 
 
 def bench(words: Sequence[str], start: Start | None = None) -> int:

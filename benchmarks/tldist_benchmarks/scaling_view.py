@@ -128,6 +128,7 @@ def points(result: Result) -> list[dict[str, Any]]:
                 "cpu_efficiency": s.efficiency(strategy, n, "cpu_ms").median,
                 **_all_reduce(s, strategy, n),
                 "model_ms": predicted_ms,
+                "model_efficiency": s.work(strategy).compute_s * 1e3 / predicted_ms / (1 if s.is_weak else n),
                 "model_error": predicted_ms / step.median - 1 if n > 1 else None,
             }
         )
@@ -218,16 +219,15 @@ def measured_table(result: Result, found: Sequence[Mapping[str, Any]]) -> Table:
     same = result.same
     images = "{batch_size} images on each worker" if same["scaling"] == "weak" else "{batch_size} images in all"
     flags = "{model}, {image_size} px, {scaling} scaling: " + images + ", {threads} threads each, {precision}"
-    columns = ("workers", "step ms", "p20..p80", "images/s", "efficiency", "p20..p80", "by CPU time", "apart")
+    columns = ("workers", "step ms", "images/s", "efficiency", "p20..p80", "by CPU time", "apart")
     columns += ("in step ms", "alone ms", "MB", "model ms", "error")
     table = results.table(flags.format_map(same), "strategy", columns, _caption(Scaling(result)))
     for row in found:
-        spread = f"{shown(row['step_ms_p20'])}..{shown(row['step_ms_p80'])}"
         efficient = f"{row['efficiency_p20']:.3f}..{row['efficiency_p80']:.3f}" if row["workers"] > 1 else ""
         cpu = f"{row['cpu_efficiency']:.3f}" if row["workers"] > 1 else ""
         apart, error = row["apart_efficiency"], row["model_error"]
         table.add_row(
-            *(row["strategy"], str(row["workers"]), shown(row["step_ms"]), spread, shown(row["images_per_s"])),
+            *(row["strategy"], str(row["workers"]), shown(row["step_ms"]), shown(row["images_per_s"])),
             *(f"{row['efficiency']:.3f}", efficient, cpu, "" if apart is None else f"{apart:.3f}"),
             *(shown(row[key]) for key in ("in_step_ms", "alone_ms", "reduced_mb", "model_ms")),
             "" if error is None else f"{100 * error:+.1f} %",
@@ -268,16 +268,17 @@ def chart(result: Result, found: Sequence[Mapping[str, Any]], far: Sequence[Mapp
             colour = plots.PALETTE[i]
             rows = [row for row in found if row["strategy"] == strategy]
             _measured(near, rows, colour, 1 + 0.03 * (i - 1), strategy)
-            modelled = [row["efficiency"] * row["step_ms"] / row["model_ms"] for row in rows]
+            modelled = [row["model_efficiency"] for row in rows]
             near.plot([row["workers"] for row in rows], modelled, color=colour, linestyle="--", linewidth=1.2)
             rows = [row for row in far if row["strategy"] == strategy]
             style = {"color": colour, "linestyle": "--", "marker": "s"}
             beyond.plot([row["gpus"] for row in rows], [row["efficiency"] for row in rows], **style)
-        title = "{model}, {scaling} scaling: measured (points), modelled (lines)".format_map(result.same)
+        title = "{model}, {scaling} scaling, measured".format_map(result.same)
         _dress(near, title, "workers", [row["workers"] for row in found])
-        _dress(beyond, "The model alone, on GPUs (extrapolated)", "GPUs", EXTRAPOLATED)
+        _dress(beyond, "Extrapolated by the model alone", "GPUs", EXTRAPOLATED)
+        near.plot([], [], color=plots.MUTED, linestyle="--", linewidth=1.2, label="model")
         near.set_ylabel("efficiency")
-        figure.legend(loc="outside upper left", ncols=3)
+        figure.legend(loc="outside upper left", ncols=4)
         note = textwrap.fill(f"Assumed at the right: {assumptions(result)}.", 160)
         figure.supxlabel(note, fontsize=8, color=plots.MUTED, x=0.01, ha="left")
     return figure

@@ -187,7 +187,7 @@ def test_the_chart_and_the_tables(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "needs a name: strategies or kernels"),
+        ([], "needs a name: strategies or engines"),
         (["strategy"], "did you mean 'strategies'?"),
         (["strategies", "--round", "3"], "no flag --round (did you mean '--rounds'?)"),
         (["strategies", "--model", "resnet19"], "did you mean 'resnet18'?"),
@@ -235,7 +235,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch-size 16" in text
     assert "--json JSON" in text
     assert main(["bench", "--help"]) == 0
-    assert "strategies | kernels" in capsys.readouterr().out
+    assert "strategies | engines | scaling" in capsys.readouterr().out
 
 
 def test_turns_are_interleaved_and_the_warm_up_is_dropped() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge, wait
 from typing import Any
 
 import torch
@@ -155,9 +155,10 @@ def machines(start: Start | None = None) -> Iterator[Machines]:
     nodes = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     start, alone = start or (_on_slurm if nodes > 1 else _here), start is None and nodes == 1
     key, arrivals, connections = secrets.token_hex(32), queue.Queue(), []
-    with Listener(("127.0.0.1" if alone else "0.0.0.0", 0), backlog=256, authkey=bytes.fromhex(key)) as listener:
-        threading.Thread(target=_accept, args=(listener, arrivals, connections), daemon=True).start()
-        host, port = "127.0.0.1" if alone else socket.gethostname(), listener.address[1]  # type: ignore[misc]
+    with Listener(("127.0.0.1" if alone else "0.0.0.0", 0), backlog=256) as listener:
+        accepting = (listener, bytes.fromhex(key), arrivals, connections)
+        threading.Thread(target=_accept, args=accepting, daemon=True).start()
+        host, port = "127.0.0.1" if alone else _own_address(), listener.address[1]  # type: ignore[misc]
         with start(f"{host}:{port}:{key}") as count:
             try:
                 yield Machines(arrivals, count)
@@ -166,16 +167,30 @@ def machines(start: Start | None = None) -> Iterator[Machines]:
                     pipe.close()
 
 
-def _accept(listener: Listener, arrivals: queue.Queue[tuple[Any, Connection]], connections: list[Connection]) -> None:
-    while True:
-        try:
-            pipe = listener.accept()
-            connections.append(pipe)
-            arrivals.put((pipe.recv(), pipe))
-        except (AuthenticationError, EOFError, ConnectionError):  # somebody else's
-            continue
-        except OSError:  # closed
-            return
+def _accept(
+    listener: Listener, key: bytes, arrivals: queue.Queue[tuple[Any, Connection]], connections: list[Connection]
+) -> None:
+    """Until the listener closes. Each caller is heard apart: one that says nothing holds up nobody."""
+    with suppress(OSError):
+        while True:
+            connections.append(pipe := listener.accept())
+            threading.Thread(target=_hear, args=(pipe, key, arrivals), daemon=True).start()
+
+
+def _hear(pipe: Connection, key: bytes, arrivals: queue.Queue[tuple[Any, Connection]]) -> None:
+    """Nothing is unpickled before the caller has shown that it knows the key."""
+    with suppress(AuthenticationError, EOFError, OSError):
+        deliver_challenge(pipe, key)
+        answer_challenge(pipe, key)
+        arrivals.put((pipe.recv(), pipe))
+
+
+def _own_address() -> str:
+    """Of the interface on the way out: many machines know their own name as a loopback address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as unsent, suppress(OSError):
+        unsent.connect(("10.255.255.255", 1))
+        return unsent.getsockname()[0]
+    return socket.gethostname()
 
 
 @contextmanager
@@ -195,18 +210,18 @@ def _on_slurm(join: str) -> Iterator[int]:
 
 @contextmanager
 def _process(command: Sequence[str], join: str) -> Iterator[None]:
-    # A session of its own: Ctrl-C is the bench's to handle.
+    # Ctrl-C in the terminal is the bench's alone to handle.
     environment = os.environ | {JOIN: join}
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         yield
     finally:
-        _end([process])
+        _end([process], wait_s=15)
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _end(processes: Sequence[subprocess.Popen[bytes]], wait_s: float = 5) -> None:
     """They end by themselves when their connection closes; one that is stuck is ended."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + wait_s
     for process in processes:
         try:
             process.wait(max(0.0, deadline - time.monotonic()))

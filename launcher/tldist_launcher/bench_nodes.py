@@ -32,10 +32,12 @@ def on_ray(join: str) -> Iterator[int]:
         if not nodes:
             raise UserError("no node of the Ray cluster has a CPU to give: wait until it is free")
         serve: Any = ray.remote(max_retries=0)(workers.serve)
+        tasks = []
         for node in nodes:
-            has = node["Resources"]
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            serve.options(num_cpus=has["CPU"], num_gpus=has.get("GPU", 0), scheduling_strategy=place).remote(join)
+            has, place = node["Resources"], NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            whole = serve.options(num_cpus=has["CPU"], num_gpus=has.get("GPU", 0), scheduling_strategy=place)
+            tasks.append(whole.remote(join))
         yield len(nodes)
+        ray.wait(tasks, num_returns=len(tasks), timeout=15)  # they end their workers
     finally:
         ray.shutdown()

@@ -15,14 +15,14 @@ from tldist_launcher.ray import _has_token
 @contextmanager
 def on_ray(join: str) -> Iterator[int]:
     """One task on each node, which has all of its cores and GPUs, starts workers there until the bench ends."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads its settings when it is imported
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from tldist_benchmarks import workers
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if _has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:

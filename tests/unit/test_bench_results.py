@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tldist.config import TrainingFailed, UserError
-from tldist_benchmarks import compare, report, results, scaling, scaling_view
+from tldist_benchmarks import compare, kernels, report, results, scaling, scaling_view
 from tldist_benchmarks.cost_model import AllReduce, Link, Work, all_reduce_s, fit_link, step_s
 from tldist_benchmarks.harness import Measured, Series
+from tldist_benchmarks.kernels import Case
 from tldist_benchmarks.results import Result
 from tldist_benchmarks.workers import machines
 from tldist_launcher.cli import main
@@ -144,6 +147,23 @@ def test_a_csv_read_back_says_what_was_written(tmp_path: Path) -> None:
     assert [r.same["started"] for r in results.latest([first, second])] == ["2026-11-25T11:00:00"]
     results.write_json(str(tmp_path / "x.json"), written, [])
     assert results.read_json(tmp_path / "x.json").measured == written.measured
+
+
+def test_kernels_write_rows_and_json_as_the_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, kernels.Call] = {"cpu": lambda i: torch.zeros(10), "reference": lambda i: torch.zeros(1000)}
+    monkeypatch.setattr(kernels, "_cases", lambda device: [Case("mmd", "64x8", 1000, 2, calls)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "kernels", "--rounds", "3", "--out", str(tmp_path), "--json", str(tmp_path / "k.json")]) == 0
+    (path,) = tmp_path.glob("kernels-*.csv")
+    (result,) = results.read_csv(path)
+    assert list(result.variants) == ["mmd/64x8/copy", "mmd/64x8/cpu", "mmd/64x8/reference"]
+    assert len(result.measured["mmd/64x8/cpu"]["us"].values) == 3
+    told = json.loads((tmp_path / "k.json").read_text())
+    assert [row["variant"] for row in told["rows"]] == ["copy", "cpu", "reference"]
+    assert told["compared"]["mmd/64x8"]["reference_over_cpu"] > 0
+    (table,) = kernels.view(result).tables
+    assert "| mmd, 64x8, reference |" in report.markdown(table)
+    assert compare.compare(result, results.read_json(tmp_path / "k.json"), compare.Settings())[0].metric == "us"
 
 
 # Machines and workers

@@ -35,7 +35,7 @@ from tldist.worker import keep_freed_memory
 Start = Callable[[str], AbstractContextManager[int]]
 """Starts `serve` with the string it is given on some machines, and says on how many; ends what it started."""
 
-START_S = 180.0
+START_S = 300.0
 """How long machines and workers may take to connect: importing torch from a cold network file system takes a while."""
 
 

@@ -161,8 +161,8 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     ),
     "bench": (
         _bench,
-        "bench strategies | loaders | kernels | engines [--flag VALUE ...]",
-        "measure this machine; rows and a chart to files",
+        "bench strategies | engines | scaling | loaders | kernels [...]",
+        "measure; bench report: into the docs; bench compare A B: tell a change from noise",
     ),
     "sync": (
         _sync,

@@ -26,7 +26,8 @@ from torch import nn
 
 from tldist import backbones
 from tldist.config import ModelConfig, ModelName
-from tldist.data.torchvision_loader import evaluation_square, read_rgb
+from tldist.data.decode import read_rgb
+from tldist.data.torchvision_loader import evaluation_square
 from tldist_kernels import mix_normalize
 from tldist_launcher.cli import main
 

@@ -123,7 +123,7 @@ def export(
     try:
         _write(trained, draft, kind, preprocess)
         parity = compare(trained, open_exported(draft), judged, batch_size, progress)
-        _judge(parity)
+        judge(parity)
         draft.replace(out)
     finally:
         draft.unlink(missing_ok=True)
@@ -251,7 +251,8 @@ def _outputs(file: Exported, judged: Judged, batch: Batch) -> tuple[Tensor, Tens
     return logits, probabilities
 
 
-def _judge(parity: Parity) -> None:
+def judge(parity: Parity) -> None:
+    """Raises NotTheSame unless the file was proven."""
     if not parity.images:
         raise NotTheSame("there was no validation image to compare on, so nothing is proven: the file was deleted")
     if not parity.largest_difference <= TOLERANCE:

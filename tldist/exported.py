@@ -63,7 +63,7 @@ def open_exported(path: Path) -> Exported:
 def need(*packages: str) -> None:
     """Raises UserError, with what to install, unless all are there."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise UserError(f"ONNX files need {' and '.join(missing)}, not installed here: pip install 'tldist[export]'")
+        raise UserError(f"ONNX files need what is not installed here: pip install {' '.join(missing)}")
 
 
 def _open_onnx(path: Path) -> Exported:

@@ -139,13 +139,15 @@ def _write(trained: Trained, path: Path, kind: str, preprocess: bool) -> None:
         shape, open_dims = (2, size + 5, size + 9, 3), {0: batch, 1: height, 2: width}
     example = torch.zeros(shape, dtype=torch.uint8 if preprocess else torch.float32)
     with _quiet():
-        program = torch.export.export(module, (example,), dynamic_shapes=(open_dims,))
         if kind == "torch_export":
+            program = torch.export.export(module, (example,), dynamic_shapes=(open_dims,))
             texts = {CARD: trained.card.to_json(), IMAGES: "inside" if preprocess else "outside"}
             torch.export.save(program, path, extra_files=texts)
             return
         written: Any = torch.onnx.export(
-            program,
+            module,
+            (example,),
+            dynamic_shapes=(open_dims,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[IMAGES if preprocess else INPUT],

@@ -59,10 +59,12 @@ def _help() -> str:
 
 
 def _details(name: str) -> str:
-    if name != "data":
+    if name == "data":
+        from tldist_launcher.data import HELP
+    elif name == "submit":
+        from tldist_launcher.slurm import HELP
+    else:
         return ""
-    from tldist_launcher.data import HELP
-
     return f"\n\n{HELP}"
 
 
@@ -74,6 +76,24 @@ def _train(words: Sequence[str]) -> int:
     run_dir = launch(parse_run(words, "train", ("--resume",))) if interrupted is None else resume(*interrupted)
     print(f"run: {run_dir}")
     return 0
+
+
+def _submit(words: Sequence[str]) -> int:
+    from tldist_launcher.slurm import submit
+
+    return submit(words)
+
+
+def _runs(words: Sequence[str]) -> int:
+    from tldist_launcher.runs import runs_command
+
+    return runs_command(words)
+
+
+def _logs(words: Sequence[str]) -> int:
+    from tldist_launcher.runs import logs_command
+
+    return logs_command(words)
 
 
 def _plan(words: Sequence[str]) -> int:
@@ -137,6 +157,13 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "train RECIPE [--section.flag VALUE ...]",
         "fine-tune; --config FILE repeats a run, --resume RUN_DIR goes on",
     ),
+    "submit": (
+        _submit,
+        "submit RECIPE --nodes N --gpus-per-node N [flags of train]",
+        "train on a Slurm cluster; --dry-run prints the script",
+    ),
+    "runs": (_runs, "runs [FOLDER]", "run directories below it, and how each stands"),
+    "logs": (_logs, "logs RUN_DIR [--follow]", "what a run printed, and goes on to print"),
     "plan": (
         _plan,
         "plan RECIPE [--section.flag VALUE ...]",

@@ -49,7 +49,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
 
 
 def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
-    """Go on with an interrupted run in its directory, from its last checkpoint, or from the start if it has none.
+    """Go on with an interrupted run in its directory, from its last checkpoint, or begin one that was only submitted.
 
     `settings` are those of its config.yaml. Raises UserError where the images are not those it began with.
     """
@@ -57,13 +57,15 @@ def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
         raise UserError(f"{run_dir} has reached its end: nothing is left to resume")
     settings = absolute(settings)
     index = preflight(settings)
-    began_with = load_index(run_dir / "index.json")
-    if began_with.fingerprint != index.fingerprint:
+    path = run_dir / "index.json"
+    if path.exists() and load_index(path).fingerprint != index.fingerprint:
         raise UserError(
             f"the images under {settings.data.root} are not those that {run_dir} began with: bring them back, or "
             "start a new run"
         )
     with only_one(run_dir):
+        if not path.exists():
+            save_index(index, path)
         return _to_the_end(settings, run_dir, quiet)
 
 

@@ -71,13 +71,25 @@ def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
 
 @contextlib.contextmanager
 def only_one(run_dir: Path) -> Iterator[None]:
-    """Two processes that write one run directory would spoil it."""
+    """Two processes that write one run directory would spoil it.
+
+    A Slurm job that comes back waits for what is left of its last start on a node that Slurm has lost sight of.
+    """
+    deadline = time.monotonic() + (LEFTOVER_S if os.environ.get("SLURM_RESTART_COUNT") else 0)
     with (run_dir / "logs" / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
+                time.sleep(1)
         yield
+
+
+LEFTOVER_S = 300.0
+"""How long a lost node's processes, and a network file system's locks, may outlive it."""
 
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
@@ -192,7 +204,7 @@ def make_run_dir(settings: RunConfig) -> Path:
     return run_dir
 
 
-_OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl")
+_OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl", "job.sbatch")
 
 
 def _undo(run_dir: Path) -> None:

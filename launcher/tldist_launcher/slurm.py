@@ -34,7 +34,7 @@ FLAGS = {
     "--account": ("", ""),
     "--qos": ("", ""),
     "--constraint": ("", ""),
-    "--sbatch": ("", "more options for it in one word: --sbatch '--exclusive --reservation=mine'"),
+    "--sbatch": ("", "more options for it, in one word: --sbatch='--exclusive --reservation=mine'"),
     "--job-name": ("", "default: RECIPE-STRATEGY"),
     "--container": ("", "an image for srun --container-image (pyxis and enroot)"),
     "--container-mounts": ("", "more folders for it, FROM:TO,...; data, weights and the run directory are there"),

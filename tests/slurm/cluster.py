@@ -108,6 +108,15 @@ class Cluster:
         if name in self._inits:
             self._inits.pop(name).wait()
 
+    def kill_slurmd(self, name: str) -> None:
+        """Slurm's daemon alone: what it started goes on."""
+        for pid in self.processes(name, "slurmd -D -f"):
+            os.kill(pid, signal.SIGKILL)
+
+    def start_slurmd(self, name: str) -> None:
+        """It comes back."""
+        self.run("bash", "-c", f"slurmd -f {self.conf} -N {name}", node=name)
+
     def processes(self, name: str, containing: str = "") -> dict[int, str]:
         """Living processes of a node, by their number out here: those whose command line contains something.
 
@@ -128,7 +137,7 @@ class Cluster:
     def run(self, *words: str, node: str = "", check: bool = True, seconds: float = 60) -> str:
         """What a command prints, here or on a node."""
         if node:
-            inside = next(pid for pid, title in self.processes(node).items() if "slurmd -D" in title)
+            inside = next(pid for pid, title in self.processes(node).items() if title.startswith("bash -c hostname"))
             words = ("nsenter", f"--target={inside}", "--net", "--mount", "--uts", "--pid", *words)
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=seconds)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"

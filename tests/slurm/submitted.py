@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,7 @@ class Submitted:
     def submit(self, *words: str) -> Submitted:
         """`tldist submit folder ...`; what it printed is in `said`."""
         flags = f"""--nodes 2 --cpus-per-node 1 --model.weights none --strategy.name partial --data.image-size 32
-            --data.batch-size 4 --train.epochs 6 --checkpoint.steps 2 --tracking.log-every 1 --tracking.wandb offline
+            --data.batch-size 4 --train.epochs 4 --checkpoint.steps 2 --tracking.log-every 1 --tracking.wandb offline
             --data.root {self.cluster.shared}/photos --run-dir {self.run_dir}"""
         self.said = self.tldist("submit", "folder", *flags.split(), *words)
         return self
@@ -67,6 +71,25 @@ class Submitted:
     def until_step(self, step: int) -> None:
         """Wait until so many steps were logged."""
         self.until(lambda: any(row["step"] >= step for row in self.rows("train")), f"step {step}")
+
+    @contextlib.contextmanager
+    def held(self, step: int) -> Iterator[None]:
+        """From this step on the worker of n1 stands still while the block runs, and so the other one waits."""
+        self.until_step(step)
+        workers = self.cluster.processes("n1", "RayTrainWorker")
+        assert workers
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
+    def until_asked_to_save(self) -> None:
+        """Slurm's notice has reached the run."""
+        self.until(lambda: any((self.run_dir / "logs").glob("stop.*")), "the signal to save")
 
     def until(self, condition: Any, what: str) -> float:
         """Wait for it; returns the seconds that took."""

@@ -12,10 +12,11 @@ import stat
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, cluster, missing
+from cluster import NODES, Cluster, cluster, missing
 from submitted import LIMIT_S, ROOT, Submitted
 
 from tldist import checkpoint
@@ -37,19 +38,33 @@ def slurm(photos: Path) -> Iterator[Cluster]:
         yield running
 
 
+@dataclass(frozen=True)
+class Watched:
+    """A run that nothing happened to: its output was followed, and its cluster knocked at, while it trained."""
+
+    run: Submitted
+    strangers: list[str]
+    followed: str
+    seconds_to_stop: float
+
+
 @pytest.fixture(scope="module")
-def undisturbed(slurm: Cluster) -> Submitted:
-    """A run that nothing happened to: its job is watched, and its cluster knocked at, while it trains."""
+def watched(slurm: Cluster) -> Watched:
     run = Submitted(slurm, "undisturbed").submit()
     follower = run.follow()
-    run.until_step(1)
-    run.strangers = [_knock(run, token) for token in ("", "f" * 64, _token_of(run))]
-    run.until(lambda: (run.run_dir / "summary.json").exists(), "its end")
-    run.seconds_to_stop = run.until_clean(60)
+    with run.held(1):
+        strangers = [_knock(run, token) for token in ("", "f" * 64, _token_of(run))]
+    run.until(lambda: "run: " in run.log(), "its end")
+    seconds_to_stop = run.until_clean(60)
     assert run.until_over() == "COMPLETED", run.log()
-    run.followed, _ = follower.communicate(timeout=60)
+    followed, _ = follower.communicate(timeout=60)
     assert follower.returncode == 0
-    return run
+    return Watched(run, strangers, followed, seconds_to_stop)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(watched: Watched) -> Submitted:
+    return watched.run
 
 
 def _token_of(run: Submitted) -> str:
@@ -79,23 +94,23 @@ def test_a_run_spans_both_nodes(undisturbed: Submitted) -> None:
     assert undisturbed.restarts == 0
 
 
-def test_nothing_is_left_on_either_node(undisturbed: Submitted) -> None:
-    assert undisturbed.seconds_to_stop < 5
-    for name in ("n1", "n2"):
-        assert "ray-" not in undisturbed.cluster.run("ls", "/tmp", node=name)
+def test_nothing_is_left_on_either_node(watched: Watched) -> None:
+    assert watched.seconds_to_stop < 5
+    for name in NODES:
+        assert "ray-" not in watched.run.cluster.run("ls", "/tmp", node=name)
 
 
-def test_only_the_jobs_token_opens_its_ray_cluster(undisturbed: Submitted) -> None:
-    without, wrong, right = undisturbed.strangers
+def test_only_the_jobs_token_opens_its_ray_cluster(watched: Watched) -> None:
+    without, wrong, right = watched.strangers
     for refused in (without, wrong):
         assert "nodes:" not in refused
         assert "uthent" in refused or "ConnectionError" in refused, refused
     assert "nodes: 2" in right
 
 
-def test_what_a_user_sees(undisturbed: Submitted) -> None:
+def test_what_a_user_sees(watched: Watched) -> None:
     """The commands that submit prints are right; the time to the first step is told; the code is the one submitted."""
-    run = undisturbed
+    run, followed = watched.run, watched.followed
     lines = dict(line.split(": ", 1) for line in run.said.splitlines())
     assert lines == {
         "job": run.number,
@@ -103,10 +118,10 @@ def test_what_a_user_sees(undisturbed: Submitted) -> None:
         "watch": f"tldist logs {run.run_dir} --follow",
         "cancel": f"scancel {run.number}",
     }
-    assert f"run: {run.run_dir}" in run.followed
-    assert "tldist: step 1 was done " in run.followed
-    assert "s in the queue" in run.followed
-    assert "Traceback" not in run.followed
+    assert f"run: {run.run_dir}" in followed
+    assert "tldist: step 1 was done " in followed
+    assert "s in the queue" in followed
+    assert "Traceback" not in followed
     listed = run.tldist("runs", str(run.run_dir.parent)).splitlines()
     assert any(line.split()[:2] == ["undisturbed", "done"] for line in listed), listed
     commit = json.loads((run.run_dir / "submit.json").read_text())["commit"]
@@ -129,10 +144,10 @@ def same_end(run: Submitted, undisturbed: Submitted) -> None:
 
 def test_a_preempted_run_comes_back_and_ends_the_same(slurm: Cluster, undisturbed: Submitted) -> None:
     run = Submitted(slurm, "preempted").submit()
-    run.until_step(7)
-    urgent = slurm.run("sbatch", "--parsable", "-p", "high", "-N2", "-c2", "-o", "/dev/null", "--wrap", "true").strip()
+    with run.held(7):
+        urgent = slurm.run("sbatch", "--parsable", "-phigh", "-N2", "-c2", "-o/dev/null", "--wrap=true").strip()
+        run.until_asked_to_save()
     run.until(lambda: slurm.job(urgent)["JobState"] == "COMPLETED", "the urgent job's end")
-    run.until(lambda: run.restarts == 1 and run.state == "RUNNING", "its second start")
     assert run.until_over() == "COMPLETED", run.log()
     assert "stopped by SIGUSR1, all saved" in run.log()
     resumed = [row["text"] for row in run.rows("notice") if row["text"].startswith("resumed from ")]
@@ -146,9 +161,9 @@ def test_scancel_ends_a_job_within_seconds(slurm: Cluster, undisturbed: Submitte
     run = Submitted(slurm, "cancelled").submit("--train.epochs", "1000")
     run.until(lambda: (run.run_dir / "checkpoints" / "last").exists(), "a checkpoint")
     slurm.run("scancel", run.number)
-    run.seconds_to_stop = run.until_clean(60)
+    seconds_to_stop = run.until_clean(60)
     assert run.until_over() == "CANCELLED"
-    assert run.seconds_to_stop < 10
+    assert seconds_to_stop < 10
     assert checkpoint.damage(run.run_dir / "checkpoints" / "last") is None
     assert "cancelled" in run.tldist("runs", str(run.run_dir))
     assert run.restarts == 0
@@ -173,18 +188,27 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster) -> None:
 
 @long
 def test_a_run_goes_on_after_its_time_limit(slurm: Cluster, undisturbed: Submitted) -> None:
-    run = Submitted(slurm, "limited").submit("--time", "2", "--save-before", "30", "--job-name", "limited")
+    """The limit is shortened while it trains, to less than Slurm's notice of two minutes."""
+    run = Submitted(slurm, "limited").submit("--time", "60", "--save-before", "120")
+    with run.held(7):
+        minutes = 1 + int(time.time() - json.loads((run.run_dir / "submit.json").read_text())["time"]) // 60
+        slurm.run("scontrol", "update", f"JobId={run.number}", f"TimeLimit={minutes}")
+        run.until_asked_to_save()
+    run.until(lambda: run.state != "RUNNING", "its place in the queue")
+    slurm.run("scontrol", "update", f"JobId={run.number}", "TimeLimit=60")
     assert run.until_over() == "COMPLETED", run.log()
     same_end(run, undisturbed)
 
 
 @long
-def test_a_run_whose_node_is_lost_comes_back(slurm: Cluster, undisturbed: Submitted) -> None:
-    run = Submitted(slurm, "bereft").submit()
-    run.until_step(7)
-    slurm.power_off("n2")
-    run.until(lambda: run.state != "RUNNING", "its end on the node that is left")
-    slurm.power_on("n2")
+@pytest.mark.parametrize("name", NODES)
+def test_a_run_whose_node_is_lost_comes_back(slurm: Cluster, undisturbed: Submitted, name: str) -> None:
+    """Slurm's daemon is killed on the node of the head, or on the other one; what it started would go on."""
+    run = Submitted(slurm, f"bereft-{name}").submit()
+    with run.held(7):
+        slurm.kill_slurmd(name)
+        run.until(lambda: run.state != "RUNNING", "the end of its first start")
+    slurm.start_slurmd(name)
     assert run.until_over() == "COMPLETED", run.log()
     assert run.restarts == 1
     same_end(run, undisturbed)
@@ -201,3 +225,19 @@ def test_two_jobs_share_nodes(slurm: Cluster, undisturbed: Submitted) -> None:
     assert other.state == "RUNNING"
     assert other.until_over() == "COMPLETED", other.log()
     assert short.weights() == undisturbed.weights()
+
+
+@long
+def test_an_array_is_a_run_for_each_seed(slurm: Cluster, undisturbed: Submitted) -> None:
+    array = Submitted(slurm, "array").submit("--nodes", "1", "--array", "0-1", "--train.epochs", "1")
+    runs = [array.run_dir / f"seed-{seed}" for seed in (0, 1)]
+    array.until(lambda: all((run / "summary.json").exists() for run in runs), "both runs")
+    first, second = ((run / "checkpoints/last/model.safetensors").read_bytes() for run in runs)
+    assert first != second
+
+
+def test_what_slurm_refuses_leaves_nothing(slurm: Cluster) -> None:
+    run = Submitted(slurm, "refused")
+    with pytest.raises(AssertionError, match="Slurm refused the job: .*nvalid partition"):
+        run.submit("--partition", "nonsense")
+    assert not run.run_dir.exists()

@@ -33,7 +33,7 @@ class Submitted:
     def submit(self, *words: str) -> Submitted:
         """`tldist submit folder ...`; what it printed is in `said`."""
         flags = f"""--nodes 2 --cpus-per-node 1 --model.weights none --strategy.name partial --data.image-size 32
-            --data.batch-size 4 --train.epochs 4 --checkpoint.steps 2 --tracking.log-every 1 --tracking.wandb offline
+            --data.batch-size 8 --train.epochs 3 --checkpoint.steps 2 --tracking.log-every 1 --tracking.wandb offline
             --data.root {self.cluster.shared}/photos --run-dir {self.run_dir}"""
         self.said = self.tldist("submit", "folder", *flags.split(), *words)
         return self

@@ -238,6 +238,6 @@ def test_an_array_is_a_run_for_each_seed(slurm: Cluster, undisturbed: Submitted)
 
 def test_what_slurm_refuses_leaves_nothing(slurm: Cluster) -> None:
     run = Submitted(slurm, "refused")
-    with pytest.raises(AssertionError, match="Slurm refused the job: .*nvalid partition"):
+    with pytest.raises(AssertionError, match="Slurm refused the job"):
         run.submit("--partition", "nonsense")
     assert not run.run_dir.exists()

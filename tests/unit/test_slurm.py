@@ -1,4 +1,4 @@
-"""The batch scripts, and what `tldist submit` makes of them: bash that parses, short enough to read, every flag real."""
+"""The batch scripts, and what `tldist submit` makes of them: bash that parses, short enough to read."""
 
 from __future__ import annotations
 

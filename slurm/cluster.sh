@@ -19,5 +19,7 @@ on_cluster() {
     srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --mpi=none "${container[@]}" \
         env PYTHONPATH="$code" bash "$scripts/node.sh" "$folder" "${ip:-127.0.0.1}" "$places" "$logs" "$@" <&3 &
     while kill -0 $! 2> /dev/null; do wait $!; done # a signal's trap interrupts it
-    status=$(cat "$folder/code" 2> /dev/null || echo 1)
+    wait $!
+    status=$?
+    [ ! -e "$folder/code" ] || status=$(<"$folder/code") # of COMMAND; without it, why srun ended
 }

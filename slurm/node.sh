@@ -9,8 +9,8 @@ shift 4
 
 # Whoever reaches Ray's ports could run code as this user: only a token of 256 bits, made for this job, opens them.
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$folder/token RAY_USAGE_STATS_ENABLED=0
-# Nothing is left to drain at the end, and memory is Slurm's to watch: Ray would count what other jobs on this node use.
-export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_gcs_rpc_server_reconnect_timeout_s=5 RAY_memory_monitor_refresh_ms=0
+# Ray would wait at the end, count the memory of other jobs on this node as this one's, and run its workers at nice 15.
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_memory_monitor_refresh_ms=0 RAY_worker_niceness=0
 
 keep_token() { (umask 077 && printf %s "$1" > "$RAY_AUTH_TOKEN_PATH"); }
 
@@ -21,33 +21,32 @@ node() {
 }
 
 if [ "$SLURM_PROCID" = 0 ]; then
+    trap 'gone=143' TERM # scancel
     keep_token "$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
     coproc RAY { node --head --port=0 --node-ip-address="$ip" --temp-dir="$folder/ray" --include-dashboard=false; }
     ray=$RAY_PID line=
     exec 4<&"${RAY[0]}"
     until [[ $line == *"--address='"* ]]; do # once Ray is up, it says where
-        IFS= read -r line <&4 || { echo "tldist: Ray did not start, see $log" >&2; exit 1; }
+        IFS= read -r line <&4 || { echo "tldist: Ray did not start, see $log" >&2; exit "${gone:-1}"; }
         printf '%s\n' "$line" >> "$log"
     done
     cat <&4 >> "$log" &
     address=${line#*--address=\'} address=${address%%\'*}
     echo "$address $(<"$RAY_AUTH_TOKEN_PATH")" > "$folder/line"
-    RAY_ADDRESS=$address "$@" < /dev/null &
-    command=$!
-    trap 'gone=143' TERM
+    RAY_ADDRESS=$address "$@" < /dev/null & command=$!
     wait -n "$command" "$ray"
     code=$?
-    # Ray is gone before COMMAND, or is going (scancel ends all processes at once): nothing more can be saved.
+    # Ray is gone before COMMAND, or is going (scancel reaches all processes at once): nothing more can be saved.
     kill -KILL "$command" 2> /dev/null && code=${gone:-1}
     echo "$code" > "$folder/code"
     echo > "$folder/line"
+    code=0 # another one would end the other nodes at once
 else
     read -r address token || exit 0
     mkdir -m 700 "$folder" 2> /dev/null && trap 'rm -rf "$folder"' EXIT
     [ -O "$folder" ] || { echo "tldist: $folder on $SLURMD_NODENAME is somebody else's" >&2; exit 1; }
     keep_token "$token"
-    node --address="$address" >> "$log" &
-    ray=$!
+    node --address="$address" >> "$log" & ray=$!
     trap : TERM
     { read -r _; touch "$folder/over"; kill "$ray"; } <&0 &
     wait "$ray"
@@ -56,4 +55,4 @@ else
 fi
 kill "$ray" 2> /dev/null
 wait "$ray"
-[ "$SLURM_PROCID" = 0 ] || exit "${code:-0}" # the head's code is in a file: here it would end the others at once
+exit "${code:-0}"

@@ -27,7 +27,7 @@ def make_run(folder: Path, *more: dict[str, Any], age_s: float = 3600) -> Path:
     (folder / "config.yaml").touch()
     metrics = folder / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS, *more]))
-    os.utime(metrics, (time.time() - age_s,) * 2)
+    os.utime(metrics, (time.time() - age_s, time.time() - age_s))
     return folder
 
 
@@ -100,7 +100,7 @@ def test_logs_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     note(run, restart=0, nodes="n1")
     for age, name in ((1, "slurm-2.log"), (9, "slurm-1.log")):
         (run / "logs" / name).write_text(f"of {name}\n")
-        os.utime(run / "logs" / name, (time.time() - age,) * 2)
+        os.utime(run / "logs" / name, (time.time() - age, time.time() - age))
     assert main(["logs", str(run)]) == 0
     assert capsys.readouterr().out == "of slurm-1.log\nof slurm-2.log\n"
 

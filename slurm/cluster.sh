@@ -15,8 +15,9 @@ on_cluster() {
     ip=$(getent ahostsv4 "$node" | awk '$1 !~ /^127\./ {print $1; exit}')
     [ -z "$bin" ] || export PATH="$bin:$PATH"
     trap : TERM # scancel: Slurm tells the step too, and its end is waited for
-    # srun does not take over --cpus-per-task by itself since Slurm 22.05.
-    srun ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 --mpi=none "${container[@]}" \
+    # srun does not take over --cpus-per-task by itself since Slurm 22.05; what it reads from stdin, every task reads.
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
+        --kill-on-bad-exit=1 --mpi=none "${container[@]}" \
         env PYTHONPATH="$code" bash "$scripts/node.sh" "$folder" "${ip:-127.0.0.1}" "$places" "$logs" "$@" <&3 &
     while kill -0 $! 2> /dev/null; do wait $!; done # a signal's trap interrupts it
     wait $!

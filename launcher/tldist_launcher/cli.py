@@ -159,7 +159,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     ),
     "submit": (
         _submit,
-        "submit RECIPE --nodes N --gpus-per-node N [flags of train]",
+        "submit RECIPE --nodes N [--flag VALUE ...]",
         "train on a Slurm cluster; --dry-run prints the script",
     ),
     "runs": (_runs, "runs [FOLDER]", "run directories below it, and how each stands"),

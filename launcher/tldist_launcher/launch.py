@@ -187,11 +187,16 @@ def _check_machine(settings: RunConfig) -> None:
         )
 
 
-def make_run_dir(settings: RunConfig) -> Path:
-    """The run directory, fresh: --run-dir, or runs/RECIPE-STRATEGY-TIME."""
+def named_run_dir(settings: RunConfig) -> Path:
+    """Where the run would go if it began now."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = settings.run_dir or f"runs/{settings.recipe}-{settings.strategy.name}-{stamp}"
-    run_dir = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
+    return Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+
+def make_run_dir(settings: RunConfig) -> Path:
+    """The run directory, fresh: --run-dir, or runs/RECIPE-STRATEGY-TIME."""
+    run_dir = named_run_dir(settings)
     try:
         if any((run_dir / name).exists() for name in _OWN_FILES):
             raise UserError(f"{run_dir} already holds a run: choose another --run-dir")

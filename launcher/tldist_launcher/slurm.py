@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tldist import config, worker
 from tldist.config import RunConfig, UserError
+from tldist.data.index import root_folder
 from tldist.rules import validate
 from tldist.tracking.environment import environment
 from tldist_launcher.arguments import as_number, parse_run, take_flags
-from tldist_launcher.launch import absolute, make_run_dir
+from tldist_launcher.launch import absolute, make_run_dir, named_run_dir
 
 FLAGS = {
     "--nodes": ("1", "nodes"),
@@ -86,18 +88,20 @@ def submit(words: Sequence[str]) -> int:
     """`tldist submit RECIPE [flags]`; returns the exit code."""
     job, switches = parse_submit(words)
     if "--dry-run" in switches:
-        print(script(job, _named_run_dir(job.settings)), end="")
+        print(script(job, named_run_dir(job.settings)), end="")
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit from the cluster's login node, or look with --dry-run")
     run_dir = make_run_dir(job.settings)
+    facts = {"time": time.time(), "command": ["tldist", "submit", *job.command], **environment()}
     try:
-        _fill(job, run_dir)
+        _fill(job, run_dir, facts)
         number = _sbatch(run_dir)
     except BaseException:
         _clear(run_dir)
         raise
-    _note_submission(job, run_dir, number)
+    for seed, folder in _folders(job, run_dir).items():
+        _note_submission(folder, number if seed is None else f"{number}_{seed}", facts)
     print(f"job: {number}\nrun: {run_dir}\nwatch: tldist logs {run_dir} --follow\ncancel: scancel {number}", flush=True)
     if "--follow" not in switches:
         return 0
@@ -150,10 +154,7 @@ def _check_run(job: Job) -> None:
             f"--launch.workers {settings.launch.workers} on {job.nodes} nodes of {gpus} GPUs: use at most "
             f"{job.nodes * gpus}"
         )
-    if not settings.data.root:
-        raise UserError("--data.root is missing: give the folder with the images")
-    if not Path(settings.data.root).is_dir():
-        raise UserError(f"--data.root {settings.data.root} does not exist: give a folder that this machine sees too")
+    root_folder(settings.data.root)
     worker.plan_of(settings)
 
 
@@ -250,26 +251,25 @@ def _container(job: Job, run_dir: Path) -> list[str]:
     return [f"--container-image={image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={run_dir}"]
 
 
-def _named_run_dir(settings: RunConfig) -> Path:
-    """What make_run_dir would make."""
-    name = settings.run_dir or f"runs/{settings.recipe}-{settings.strategy.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
+def _folders(job: Job, run_dir: Path) -> dict[int | None, Path]:
+    """Seed -> run directory; None where the job is one run."""
+    return {seed: run_dir / f"seed-{seed}" for seed in job.seeds} if job.seeds else {None: run_dir}
 
 
-def _fill(job: Job, run_dir: Path) -> None:
+def _fill(job: Job, run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Configuration, source and script: what is changed afterwards does not reach a job that waits in the queue."""
-    for seed in job.seeds or [None]:
-        folder = run_dir if seed is None else run_dir / f"seed-{seed}"
+    for seed, folder in _folders(job, run_dir).items():
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         named = dataclasses.replace(job.settings, run_dir=str(folder))
         config.save(named if seed is None else dataclasses.replace(named, seed=seed), folder / "config.yaml")
+        _note_submission(folder, None, facts)
     if job.seeds:
         (run_dir / "config.yaml").unlink()  # the runs are below it
     for name in ("tldist", "tldist_kernels", "tldist_launcher", "tldist_benchmarks"):
         if (spec := find_spec(name)) is not None and spec.submodule_search_locations:
             source = Path(next(iter(spec.submodule_search_locations)))
             shutil.copytree(source, run_dir / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (run_dir / "code" / "COMMIT").write_text(environment()["commit"] or "")
+    (run_dir / "code" / "COMMIT").write_text(facts["commit"] or "")
     (run_dir / "job.sbatch").write_text(script(job, run_dir))
 
 
@@ -277,8 +277,8 @@ def _clear(run_dir: Path) -> None:
     """Nothing was submitted: remove what `_fill` wrote, and the folder where nothing else is in it."""
     for name in ("code", "logs"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for path in (run_dir / "config.yaml", run_dir / "job.sbatch"):
-        path.unlink(missing_ok=True)
+    for name in ("config.yaml", "submit.json", "job.sbatch"):
+        (run_dir / name).unlink(missing_ok=True)
     for folder in run_dir.glob("seed-*"):
         shutil.rmtree(folder, ignore_errors=True)
     if not any(run_dir.iterdir()):
@@ -294,9 +294,8 @@ def _sbatch(run_dir: Path) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def _note_submission(job: Job, run_dir: Path, number: str) -> None:
-    """submit.json of each run: which job it is, since when, and of what code."""
-    told = {"time": time.time(), "command": ["tldist", "submit", *job.command], **environment()}
-    for seed in job.seeds or [None]:
-        folder, name = (run_dir, number) if seed is None else (run_dir / f"seed-{seed}", f"{number}_{seed}")
-        (folder / "submit.json").write_text(json.dumps({"job": name, **told}, indent=1))
+def _note_submission(folder: Path, job: str | None, facts: Mapping[str, Any]) -> None:
+    """submit.json: which job the run is, since when, and of what code."""
+    draft = folder / ".submit.json"  # the job may be reading it already
+    draft.write_text(json.dumps({"job": job, **facts}, indent=1))
+    draft.replace(folder / "submit.json")

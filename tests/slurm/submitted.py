@@ -21,6 +21,8 @@ from tldist.tracking.runlog import parse
 LIMIT_S = 900.0
 """For whatever takes half a minute on two idle cores."""
 
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -70,7 +72,12 @@ class Submitted:
 
     def until_step(self, step: int) -> None:
         """Wait until so many steps were logged."""
-        self.until(lambda: any(row["step"] >= step for row in self.rows("train")), f"step {step}")
+
+        def is_there() -> bool:
+            assert self.state not in ENDED, self.log()
+            return any(row["step"] >= step for row in self.rows("train"))
+
+        self.until(is_there, f"step {step}")
 
     @contextlib.contextmanager
     def held(self, step: int) -> Iterator[None]:
@@ -100,8 +107,7 @@ class Submitted:
 
     def until_over(self) -> str:
         """Wait for the job's end, and return its state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.until(lambda: self.state in over, "the job's end")
+        self.until(lambda: self.state in ENDED, "the job's end")
         return self.state
 
     def log(self) -> str:

@@ -115,7 +115,9 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
 
 def absolute(settings: RunConfig) -> RunConfig:
     """Paths as every worker understands them, wherever it runs."""
-    root, weights = settings.data.root, settings.model.weights
+    root, weights, features = settings.data.root, settings.model.weights, settings.cache.dir
+    if features:
+        features = os.path.abspath(Path(features).expanduser())  # noqa: PTH100 - resolve() would follow links
     if root:
         root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() would follow links
     if Path(weights).expanduser().is_file():
@@ -124,6 +126,7 @@ def absolute(settings: RunConfig) -> RunConfig:
         settings,
         data=dataclasses.replace(settings.data, root=root),
         model=dataclasses.replace(settings.model, weights=weights),
+        cache=dataclasses.replace(settings.cache, dir=features),
     )
 
 

@@ -198,6 +198,8 @@ def script(job: Job, run_dir: Path) -> str:
         "cpus-per-task": flags["--cpus-per-node"],
         "signal": f"B:USR1@{flags['--save-before']}",
         "output": logs,
+        # Ray puts the folder that a driver runs in before all others on its workers' import path.
+        "chdir": str(code),
         **{name: flags[f"--{name}"] for name in ("time", "mem", "partition", "account", "qos", "constraint", "array")},
     }
     settings = {
@@ -245,10 +247,14 @@ def _container(job: Job, run_dir: Path) -> list[str]:
     weights, features = Path(job.settings.model.weights), job.settings.cache.dir
     folders = [run_dir, job.settings.data.root, os.environ.get("RAY_TMPDIR", "/tmp")]
     folders += [weights.parent] if weights.is_file() else []
-    folders += [os.path.abspath(features)] if features else []  # noqa: PTH100 - resolve() would follow links
+    folders += [features] if features else []
     mounts = [f"{folder}:{folder}" for folder in dict.fromkeys(map(str, folders))]
     mounts += [job.flags["--container-mounts"]] if job.flags["--container-mounts"] else []
-    return [f"--container-image={image}", f"--container-mounts={','.join(mounts)}", f"--container-workdir={run_dir}"]
+    return [
+        f"--container-image={image}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={run_dir}/code",
+    ]
 
 
 def _folders(job: Job, run_dir: Path) -> dict[int | None, Path]:

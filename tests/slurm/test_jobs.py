@@ -24,6 +24,12 @@ from tldist import checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S), pytest.mark.skipif(bool(missing()), reason=missing())]
 long = pytest.mark.skipif("TLDIST_LONG" not in os.environ, reason="takes minutes: set TLDIST_LONG=1")
 
+
+def patience(seconds: float) -> float:
+    """What takes so long where every process finds a core; more where others keep this machine's cores busy."""
+    return seconds * max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 CLIENT = """
 import sys, ray
 ray.init(sys.argv[1], log_to_driver=False)
@@ -95,7 +101,7 @@ def test_a_run_spans_both_nodes(undisturbed: Submitted) -> None:
 
 
 def test_nothing_is_left_on_either_node(watched: Watched) -> None:
-    assert watched.seconds_to_stop < 5
+    assert watched.seconds_to_stop < patience(5)
     for name in NODES:
         assert "ray-" not in watched.run.cluster.run("ls", "/tmp", node=name)
 
@@ -163,7 +169,7 @@ def test_scancel_ends_a_job_within_seconds(slurm: Cluster, undisturbed: Submitte
     slurm.run("scancel", run.number)
     seconds_to_stop = run.until_clean(60)
     assert run.until_over() == "CANCELLED"
-    assert seconds_to_stop < 10
+    assert seconds_to_stop < patience(10)
     assert checkpoint.damage(run.run_dir / "checkpoints" / "last") is None
     assert "cancelled" in run.tldist("runs", str(run.run_dir))
     assert run.restarts == 0
@@ -188,10 +194,10 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster) -> None:
 
 @long
 def test_a_run_goes_on_after_its_time_limit(slurm: Cluster, undisturbed: Submitted) -> None:
-    """The limit is shortened while it trains, to less than Slurm's notice of two minutes."""
-    run = Submitted(slurm, "limited").submit("--time", "60", "--save-before", "120")
+    """The limit is shortened while it trains, to minutes from now, and the notice is longer."""
+    run = Submitted(slurm, "limited").submit("--time", "60", "--save-before", "400")
     with run.held(7):
-        minutes = 1 + int(time.time() - json.loads((run.run_dir / "submit.json").read_text())["time"]) // 60
+        minutes = 4 + int(time.time() - json.loads((run.run_dir / "submit.json").read_text())["time"]) // 60
         slurm.run("scontrol", "update", f"JobId={run.number}", f"TimeLimit={minutes}")
         run.until_asked_to_save()
     run.until(lambda: run.state != "RUNNING", "its place in the queue")

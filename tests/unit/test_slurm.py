@@ -72,6 +72,7 @@ def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[st
         "--requeue",
         "--open-mode=append",
         "--output=/shared/runs/a/logs/slurm-%j.log",
+        "--chdir=/shared/runs/a/code",
         "--partition=gpu",
         "--account=us",
         "--qos=high",
@@ -96,7 +97,7 @@ def test_in_a_container(photos: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert told["container"].split() == [
         "--container-image=nvcr.io#nvidia/pytorch:25.10-py3",
         f"--container-mounts=/shared/runs/a:/shared/runs/a,{photos}:{photos},/tmp:/tmp,/scratch:/scratch",
-        "--container-workdir=/shared/runs/a",
+        "--container-workdir=/shared/runs/a/code",
     ]
 
 

@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.saver", "tldist.tracking"),
     ("tldist.evaluate", "tldist.plots", "tldist.recipes", "tldist.run"),
     ("tldist.inputs",),
-    ("tldist.phase", "tldist.preview", "tldist.report"),
+    ("tldist.phase", "tldist.preview", "tldist.report", "tldist.mirror"),
     ("tldist.fit",),
     ("tldist.worker",),
     ("tldist.find_lr",),
@@ -34,8 +34,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
 HEAVY = {
     "ray": ("tldist_launcher",),
     "deepspeed": ("tldist.engine.zero",),
-    "wandb": ("tldist.tracking.wandb",),
-    "nvidia": ("tldist.data.dali",),
+    "wandb": ("tldist.tracking.wandb", "tldist.tracking.wandb_rows"),
+    "nvidia": ("tldist.data.dali", "tldist.data.decode"),
     "triton": ("tldist_kernels", "tldist_benchmarks"),
 }
 OWN = ("tldist", "tldist_kernels", "tldist_launcher", "tldist_benchmarks")

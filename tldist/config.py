@@ -134,7 +134,7 @@ class DataConfig(Section):
     mix_at: Literal["input", "cut"] = "input"
     """Mixup of images, or of the features where the frozen prefix ends (manifold mixup, Verma et al., 2019)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """auto: DALI where it is installed, else torchvision."""
+    """auto: DALI on GPUs, where it is installed; torchvision on CPUs, where it is the faster one."""
     threads: int = 0
     """Loader threads per worker; 0: the machine's cores shared among its workers."""
     pixels: Literal["off", "memory", "disk"] = "off"
@@ -288,9 +288,14 @@ class TrackingConfig(Section):
     """Who watches."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where there is a login, else offline (upload later with `wandb sync`)."""
+    """auto: online where there is a login, else offline (upload later with `tldist sync`)."""
     project: str = "tldist"
     """Project in Weights & Biases."""
+    group: str = ""
+    """Group in Weights & Biases, for the runs of one study (default: WANDB_RUN_GROUP)."""
+    upload_mib: int = 512
+    """At its end the run's best and last weights go to Weights & Biases as versions of an artifact, where they are at
+    most so large, in MiB; 0: none. The optimizer's state stays in the run directory."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl; each costs one all-reduce and one copy to the host."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -82,6 +83,19 @@ def local_device() -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def node() -> str:
+    """This machine's name; under Slurm the node's."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
+
+
+def nodes() -> list[str]:
+    """The machine of each worker, by rank. Collective."""
+    found = [node()] * world_size()
+    if world_size() > 1:
+        td.all_gather_object(found, node())
+    return found
 
 
 def barrier() -> None:

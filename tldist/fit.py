@@ -204,6 +204,7 @@ def announce_phase(run: Run, live: LivePhase, state: TrainState) -> None:
         gflops_per_image=live.flops.total / 1e9,
         compile_s=round(live.compile_s, 2),
         cache_fill_s=round(live.inputs.fill_s, 2),
+        is_cached=live.inputs.cached,
     )
 
 
@@ -302,10 +303,10 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
         passes(run, live, mix_features(inputs.encode(inputs.inputs(batch)), mix), targets, lambda x: x)
     else:
         passes(run, live, inputs.inputs(batch, mix), targets, inputs.encode)
-    skipped = live.engine.step(factor)
-    live.meter.skipped(skipped)
+    stepped = live.engine.step(factor)
+    live.meter.stepped(*stepped)
     if kept is not None:
-        put_back(live.moving, kept, skipped)
+        put_back(live.moving, kept, stepped.skipped)
     if live.average is not None:
         with live.engine.whole():
             live.average.update(live.network, step)
@@ -337,8 +338,8 @@ def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Calla
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:
     """One line of metrics: one all-reduce, one copy to the host. Memory is this worker's; the summary has all."""
     tell_news(run)
-    loss, top1 = live.meter.read()
     window = live.clock.stop()
+    read = live.meter.read((window.images_per_s / run.worker.world_size, window.data_wait_share))
     factor = factor_at(run, live, state, state.step - 1)
     run.log.write(
         "train",
@@ -346,15 +347,29 @@ def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) 
         epoch=state.epoch,
         epoch_step=epoch_step,
         phase=live.index,
-        loss=loss,
-        top1=top1,
+        loss=read.loss,
+        top1=read.top1,
+        grad_norm=read.grad_norm,
+        grad_norm_max=read.grad_norm_max,
         lr={stage: run.config.optim.base_lr * m * factor for stage, m in live.phase.stages.items()},
         images_per_s=round(window.images_per_s, 1),
         data_wait_share=round(window.data_wait_share, 4),
+        **by_worker(read.by_worker),
         **speed(run, window, live.flops.total),
         peak_mem_gib=round(peak_memory_gib(run.numbers.device), 3),
     )
     live.clock.start()
+
+
+def by_worker(rows: list[list[float]]) -> dict[str, list[float]]:
+    """Each worker's images/s and data wait, where there are several: for one that waits, all wait."""
+    if len(rows) == 1:
+        return {}
+    rates, waits = zip(*rows, strict=True)
+    return {
+        "worker_images_per_s": [round(rate, 1) for rate in rates],
+        "worker_data_wait_share": [round(wait, 4) for wait in waits],
+    }
 
 
 def speed(run: Run, window: Window, flops_per_image: float) -> dict[str, float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,26 @@ WARMUP_STEPS = 3
 """Steps at the start of each phase that the throughput clock leaves out: allocator, autotuning, compilation."""
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Training since the last reading; None where no pass was finite."""
+
+    loss: float | None
+    top1: float | None
+    grad_norm: float | None
+    """Mean over the steps, before clipping."""
+    grad_norm_max: float | None
+    by_worker: list[list[float]]
+    """What each worker added of its own, a row for each worker."""
+
+
 class TrainMeter:
-    """Loss and top-1 over the steps since the last reading, and the steps left out, summed on the device."""
+    """Loss, top-1 and gradient norm over the steps since the last reading, and the steps left out, on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * n, correct, n
         self.skips = torch.zeros(3, dtype=torch.float64, device=device)  # in all, in a row, most in a row
+        self.norms = torch.zeros(3, dtype=torch.float64, device=device)  # sum, steps, largest; equal on all workers
 
     @torch.no_grad()
     def update(self, output: StepOutput, targets: Targets) -> None:
@@ -38,21 +53,33 @@ class TrainMeter:
         row = torch.stack([loss, hits.mean(), torch.ones_like(loss)]) * len(predicted)
         self.sums += torch.where(loss.isfinite(), row, 0.0)
 
-    def skipped(self, flag: Tensor) -> None:
-        """After a step: 1.0 where it was left out, else 0.0."""
+    def stepped(self, skipped: Tensor, grad_norm: Tensor) -> None:
+        """After a step: 1.0 where it was left out, else 0.0, and its gradient norm, which then does not count."""
         in_all, in_a_row, most = self.skips.unbind()
-        in_all += flag
-        in_a_row.add_(1).mul_(flag)
+        in_all += skipped
+        in_a_row.add_(1).mul_(skipped)
         torch.maximum(most, in_a_row, out=most)
+        total, steps, largest = self.norms.unbind()
+        norm = torch.where(skipped > 0, 0.0, grad_norm.double())
+        total += norm
+        steps += 1 - skipped
+        torch.maximum(largest, norm, out=largest)
 
-    def read(self) -> tuple[float | None, float | None]:
-        """(loss, top-1) over all workers since the last reading: one all-reduce, one copy to the host.
-
-        None where no pass had a finite loss.
-        """
-        loss, correct, n = dist.all_sum(self.sums).tolist()
+    def read(self, mine: Sequence[float] = ()) -> Reading:
+        """Over all workers, with what each of them adds as `mine`: one all-reduce, one copy to the host."""
+        rows = torch.zeros(dist.world_size(), len(mine), dtype=torch.float64)
+        rows[dist.rank()] = torch.tensor(mine, dtype=torch.float64)
+        summed = dist.all_sum(torch.cat([self.sums, rows.flatten().to(self.sums.device)]))
+        loss, correct, n, total, steps, largest, *own = torch.cat([summed[:3], self.norms, summed[3:]]).tolist()
         self.sums.zero_()
-        return (loss / n, correct / n) if n else (None, None)
+        self.norms.zero_()
+        return Reading(
+            loss / n if n else None,
+            correct / n if n else None,
+            total / steps if steps else None,
+            largest if steps else None,
+            [own[i * len(mine) : (i + 1) * len(mine)] for i in range(dist.world_size())],
+        )
 
     def read_skipped(self) -> int:
         """Steps left out since the last reading; one copy to the host."""

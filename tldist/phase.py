@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +26,7 @@ from tldist.optim import is_anchored
 from tldist.plan import Phase
 from tldist.prefix import Prefix
 from tldist.run import Run
+from tldist_kernels.backend import one_thread
 
 ONE_THREAD_FLOPS = 2e8
 """A pass of fewer FLOPs runs on one thread. A cached head's step of 1e5 took 0.5 ms so on two Zen 5 cores; with two
@@ -58,13 +59,9 @@ class LivePhase:
     @contextmanager
     def threads(self, images: int) -> Iterator[None]:
         """On a CPU: one thread while passes over so many `images` are small."""
-        threads = torch.get_num_threads()
-        if self.clock.device.type == "cpu" and self.flops.total * images < ONE_THREAD_FLOPS:
-            torch.set_num_threads(1)
-        try:
+        small = self.clock.device.type == "cpu" and self.flops.total * images < ONE_THREAD_FLOPS
+        with one_thread() if small else nullcontext():
             yield
-        finally:
-            torch.set_num_threads(threads)
 
     def evaluated(self) -> nn.Module:
         """The live suffix that evaluation and checkpoints see: its average, where one is kept."""
@@ -92,7 +89,7 @@ class LivePhase:
 
     def own(self) -> dict[str, Tensor]:
         """What each worker has alone until the epoch's end, a row for each of them. Collective."""
-        rows = {"sums": self.meter.sums, "skips": self.meter.skips}
+        rows = {"sums": self.meter.sums, "skips": self.meter.skips, "norms": self.meter.norms}
         if statistics := self._statistics():
             rows["statistics"] = flat(statistics)
         return {name: dist.gather_rows(row[None]) for name, row in rows.items()}
@@ -100,8 +97,9 @@ class LivePhase:
     def take_own(self, rows: dict[str, Tensor]) -> None:
         """This worker's row; where there were other numbers of workers: the mean, and of sums an equal share."""
         meter = self.meter
-        for name, targets in (("sums", [meter.sums]), ("skips", [meter.skips]), ("statistics", self._statistics())):
-            if targets:
+        meters = {"sums": [meter.sums], "skips": [meter.skips], "norms": [meter.norms]}
+        for name, targets in {**meters, "statistics": self._statistics()}.items():
+            if targets and name in rows:  # checkpoints from before gradient norms were logged lack them
                 row = _row_of_mine(rows[name], shared=name == "sums")
                 for target, value in zip(targets, row.split([t.numel() for t in targets]), strict=True):
                     target.copy_(value.view_as(target))

@@ -237,7 +237,12 @@ def _inputs(run_dir: Path) -> list[Picture]:
 
 
 def _speed_pictures(drawn: _Drawer, log: RunLog) -> list[Picture]:
-    return drawn.all([("learning_rate", plots.learning_rates(log)), ("throughput", plots.throughput(log))])
+    figures = {
+        "learning_rate": plots.learning_rates(log),
+        "gradient_norm": plots.gradient_norm(log),
+        "throughput": plots.throughput(log),
+    }
+    return drawn.all(list(figures.items()))
 
 
 def _plan(log: RunLog) -> Section:

@@ -29,6 +29,7 @@ from tldist.engine import engine_kind, numerics
 from tldist.fit import FitResult, fit, speed
 from tldist.flops import peak_flops
 from tldist.metrics import Window, count_parameters
+from tldist.mirror import error_event, open_wandb, predictions_event, weights_events
 from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.preview import contact_sheet
@@ -38,7 +39,7 @@ from tldist.run import Run
 from tldist.saver import Saver
 from tldist.tracking.environment import environment
 from tldist.tracking.events import EventLog
-from tldist.tracking.wandb import WandbSink
+from tldist.tracking.wandb import STOPPED, WandbSink
 from tldist.watchdog import Watchdog
 
 
@@ -72,7 +73,7 @@ def _logged(settings: RunConfig, device: torch.device, started: float) -> dict[s
         with watchdog_of(settings) as watchdog:
             return _run(settings, device, log, started, watchdog)
     except Exception as error:
-        log.write("error", text=str(error), kind=type(error).__name__)
+        log.write(**error_event(error))
         raise
     finally:
         log.close()
@@ -116,11 +117,16 @@ def keep_freed_memory() -> None:
 
 
 def _keep_traceback(settings: RunConfig) -> None:
+    _keep(settings, traceback.format_exc())
+
+
+def _keep(settings: RunConfig, text: str) -> None:
+    """In this worker's own log."""
     logs = Path(settings.run_dir) / "logs"
     with contextlib.suppress(OSError):  # of a full disk it was told
         logs.mkdir(exist_ok=True)
         with (logs / f"rank{dist.rank()}.log").open("a") as file:
-            file.write(traceback.format_exc())
+            file.write(text)
 
 
 def watchdog_of(settings: RunConfig) -> Watchdog:
@@ -132,13 +138,12 @@ def _run(
     settings: RunConfig, device: torch.device, log: EventLog, started: float, watchdog: Watchdog
 ) -> dict[str, Any]:
     parts = build(settings, device, log, watchdog)
-    sink = open_wandb(parts) if dist.is_main() else None
+    sink, monitor = open_wandb(parts)
     if sink is not None:
         log.mirrors.append(sink.write)
-        (parts.run_dir / "logs").mkdir(exist_ok=True)
-        (parts.run_dir / "logs" / "wandb_run_id").write_text(sink.run_id)
+    exit_code = 0
     try:
-        announce(parts)
+        announce(parts, sink)
         if dist.is_main():
             show_inputs(parts, sink)
         result = fit(parts)
@@ -149,19 +154,24 @@ def _run(
     except Stopped as stopped:
         parts.saver.close()
         log.write("notice", text=str(stopped))
+        exit_code = STOPPED
         return {"stopped": str(stopped)}
-    except BaseException:
+    except BaseException as error:
+        exit_code = 1
         with contextlib.suppress(Exception):  # of two failures the first is told
             parts.saver.close()
         if sink is not None:
-            sink.close(failed=True)
-            sink = None
+            sink.write(error_event(error))
         raise
     finally:
         parts.train_loader.close()
         parts.eval_loader.close()
         if sink is not None:
-            sink.close()
+            sink.close(exit_code)
+        if monitor is not None:
+            monitor.close()
+            if monitor.trouble:
+                _keep(settings, f"W&B: nothing of this node ({monitor.trouble})\n")
 
 
 def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Watchdog | None = None) -> Run:
@@ -246,32 +256,13 @@ def data_index(settings: RunConfig) -> Index:
     return index
 
 
-def open_wandb(parts: Run) -> WandbSink | None:
-    """The W&B mirror of this run, if it is wanted."""
-    settings = parts.config
-    return WandbSink.open(
-        settings.tracking.wandb,
-        run_dir=parts.run_dir,
-        project=settings.tracking.project,
-        name=parts.run_dir.name,
-        config=config.to_dict(settings),
-        tags=[settings.recipe, settings.strategy.name, settings.model.name],
-        run_id=wandb_run_id(parts.run_dir),
-        notice=lambda text: parts.log.write("notice", text=text),
-    )
-
-
-def wandb_run_id(run_dir: Path) -> str | None:
-    """The id under which an earlier process of this run wrote to W&B."""
-    path = run_dir / "logs" / "wandb_run_id"
-    return path.read_text().strip() if path.exists() else None
-
-
-def announce(parts: Run) -> None:
+def announce(parts: Run, sink: WandbSink | None = None) -> None:
     """Write environment.json and the run's first line."""
     if not dist.is_main():
         return
     (parts.run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
+    if sink is not None and (told := parts.run_dir / "config.yaml").exists():
+        sink.write({"event": "files", "name": "config", "paths": [str(told)], "aliases": []})
     settings, index, plan = parts.config, parts.index, parts.plan
     parts.log.write(
         "run",
@@ -339,26 +330,15 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
             (parts.run_dir / "predictions.json").write_text(told.read_text())
             if sink is not None:
                 sink.write(predictions_event(parts.index, json.loads(told.read_text()), result.state.step))
+        if sink is not None:
+            for files in weights_events(parts):
+                sink.write(files)
         draft = parts.run_dir / ".summary.json"  # --resume takes a run with a summary for one that is done
         draft.write_text(json.dumps(summary, indent=1))
         draft.replace(parts.run_dir / "summary.json")
         parts.log.write("end", **summary)
         _report(parts)
     return summary
-
-
-def predictions_event(index: Index, shown: dict[str, Any], step: int) -> dict[str, Any]:
-    """What W&B draws: whole paths, and classes by name."""
-    samples = [
-        {
-            **sample,
-            "path": str(Path(index.root) / sample["path"]),
-            "label": index.classes[sample["label"]],
-            "predicted": index.classes[sample["predicted"]],
-        }
-        for sample in shown["samples"]
-    ]
-    return {"event": "predictions", **shown, "samples": samples, "step": step}
 
 
 def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:

@@ -141,6 +141,12 @@ def _bench(words: Sequence[str]) -> int:
     return bench_command(words)
 
 
+def _sync(words: Sequence[str]) -> int:
+    from tldist_launcher.sync import sync_command
+
+    return sync_command(words)
+
+
 def _doctor(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_flags
     from tldist_launcher.doctor import doctor_rows, print_doctor
@@ -184,6 +190,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _bench,
         "bench strategies | loaders | kernels | engines [--flag VALUE ...]",
         "measure this machine; rows and a chart to files",
+    ),
+    "sync": (
+        _sync,
+        "sync [RUN_DIR ...]",
+        "upload what runs kept offline to Weights & Biases; default: all under runs/",
     ),
     "doctor": (_doctor, "doctor", "what this machine has, and what is missing"),
 }

@@ -238,7 +238,7 @@ def wandb_row(machine: Machine) -> Row:
         cost = "runs are not mirrored; metrics.jsonl and the report have everything: pip install wandb"
         return Row("Weights & Biases", "missing", "not installed", cost)
     if login is None:
-        cost = "runs are kept offline in RUN_DIR/wandb: wandb login, later wandb sync"
+        cost = "runs are kept offline in RUN_DIR/wandb: wandb login, later tldist sync"
         return Row("Weights & Biases", "note", f"{version}, no login", cost)
     return Row("Weights & Biases", "ok", f"{version}, login from {login}")
 

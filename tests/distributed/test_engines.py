@@ -165,12 +165,18 @@ def test_every_strategy_ends_where_one_process_ends(
         assert (run.summary["engine"], run.summary["replica_spread"]) == (kind, 0.0), case
         if case in EXACT:
             assert_equal(run, alone[case], case)
+            assert norms(run) == pytest.approx(norms(alone[case]), rel=1e-3), case
     assert together["gradual"].summary["phases"] == 3
     for case, atol in OF_TWO.items():
         ours = together[case].weights
         for key, value in ddp[case].weights.items():
             torch.testing.assert_close(ours[key], value, rtol=0, atol=atol, msg=f"{case} {key}")
     shutil.rmtree(tmp_path)
+
+
+def norms(run: Ended) -> list[float]:
+    rows = map(json.loads, (run.run_dir / "metrics.jsonl").read_text().splitlines())
+    return [row[key] for row in rows if row["event"] == "train" for key in ("grad_norm", "grad_norm_max")]
 
 
 def assert_equal(run: Ended, expected: Ended, case: str) -> None:
@@ -294,7 +300,7 @@ class Bench:
         skipped = []
         for _ in range(count):
             self.backward(engine, phase)
-            skipped.append(engine.step(1.0).item())
+            skipped.append(engine.step(1.0).skipped.item())
         self.state |= engine.optimizer_state()
         engine.close()
         return skipped
@@ -342,7 +348,7 @@ def _not_finite(kind: str, numbers: Numerics) -> list[float]:
             before = {name: tensor.clone() for name, tensor in bench.model.state_dict().items()}
         state = {name: {k: t.clone() for k, t in own.items()} for name, own in engine.optimizer_state().items()}
         bench.backward(engine, LAST, factor)
-        flags.append(engine.step(1.0).item())
+        flags.append(engine.step(1.0).skipped.item())
         with engine.whole():
             same = all(torch.equal(tensor, before[name]) for name, tensor in bench.model.state_dict().items())
         after = engine.optimizer_state()
@@ -350,6 +356,32 @@ def _not_finite(kind: str, numbers: Numerics) -> list[float]:
         assert (same, same_state and bool(state)) == ((True, True) if flags[-1] else (False, False)), (kind, flags)
     engine.close()
     return flags
+
+
+def _grad_norms() -> dict[str, list[float]]:
+    """Of three steps under a clip that bites, fp32 and (as fp16 does on GPUs) scaled by 1024, which must not show."""
+    dist.init(CPU)
+    found, clipped = {}, replace(ADAMW, clip_norm=0.01)
+    kinds = ("ddp", *ZERO, *(f"{kind} offload" for kind in ZERO))
+    for kind in (*kinds, *(f"{kind} scaled" for kind in ("ddp", *ZERO))):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=kind.endswith("scaled"))
+        bench = Bench(clipped, Numerics(torch.float32, CPU, scaler))
+        engine = bench.begin(kind.removesuffix(" scaled"), LAST)
+        found[kind] = []
+        for _ in range(3):
+            bench.backward(engine, LAST)
+            found[kind].append(engine.step(1.0).grad_norm.item())
+        engine.close()
+    dist.close()
+    return found
+
+
+def test_every_engine_tells_the_norm_of_the_whole_gradient_before_clipping() -> None:
+    first, second = run_ranks(_grad_norms, 2)
+    assert first == second
+    assert min(first["ddp"]) > 0.1
+    for kind, found in first.items():
+        assert found == pytest.approx(first["ddp"], rel=1e-4), kind
 
 
 def _left_out() -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Peak memory belongs to the phase it is asked about, and asking for it never fails."""
+"""What the meters tell, and that peak memory belongs to the phase it is asked about."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from tldist.metrics import peak_memory_gib, reset_peak_memory
+from tldist import dist
+from tldist.metrics import Reading, TrainMeter, peak_memory_gib, reset_peak_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30
@@ -49,3 +50,19 @@ def test_a_system_without_proc_tells_the_peak_of_the_process(monkeypatch: pytest
 def test_a_status_without_the_line_tells_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\n")
     assert peak_memory_gib(CPU) > 0.05
+
+
+def _read_twice() -> list[Reading]:
+    """Three steps, the second of them left out; then none."""
+    dist.init(CPU)
+    meter = TrainMeter(CPU)
+    for skipped, norm in ((0.0, 1.0), (1.0, float("nan")), (0.0, 3.0)):
+        meter.stepped(torch.tensor(skipped), torch.tensor(norm))
+    found = [meter.read((10.0 + dist.rank(), 0.5)), meter.read()]
+    dist.close()
+    return found
+
+
+def test_gradient_norms_of_steps_left_out_do_not_count_and_workers_add_what_is_their_own() -> None:
+    one = Reading(None, None, 2.0, 3.0, [[10.0, 0.5], [11.0, 0.5]])
+    assert run_ranks(_read_twice, 2) == [[one, Reading(None, None, None, None, [[], []])]] * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,15 @@ class HeldBytes:
     optimizer: int
 
 
+class Stepped(NamedTuple):
+    """What a step came to: scalars on the device, equal on all workers."""
+
+    skipped: Tensor
+    """1.0 where it was left out, because its gradients were not finite; else 0.0."""
+    grad_norm: Tensor
+    """The L2 norm of the step's gradient over all that trains: averaged over workers, unscaled, before clipping."""
+
+
 def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the tensors' storages, each counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
@@ -72,11 +81,10 @@ class Engine(Protocol):
         step's last) also averages them over workers where there are several."""
         ...
 
-    def step(self, factor: float) -> Tensor:
+    def step(self, factor: float) -> Stepped:
         """Clip, step at `factor` of the peak rates, and clear the gradients.
 
-        Gradients that are not finite change nothing: neither weights nor the optimizer. Returns, on the device and
-        equal on all workers, 1.0 where the step was left out for them and 0.0 else.
+        Gradients that are not finite change nothing: neither weights nor the optimizer.
         """
         ...
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tldist.config import OptimConfig
-from tldist.engine.base import HeldBytes, Numerics, stored_bytes
+from tldist.engine.base import HeldBytes, Numerics, Stepped, stored_bytes
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist.optim import (
     OptimizerState,
@@ -59,7 +59,7 @@ class SingleEngine:
             self.scaler.scale(loss).backward()
         return StepOutput(output.loss.detach(), output.logits.detach())
 
-    def step(self, factor: float) -> Tensor:
+    def step(self, factor: float) -> Stepped:
         """No host sync: the clip factor, and whether the step is left out, stay on the device."""
         set_learning_rates(self.optimizer, self.config.base_lr, factor)
         self.scaler.unscale_(self.optimizer)
@@ -70,7 +70,7 @@ class SingleEngine:
         skipped = 1.0 - torch.isfinite(norm).float()
         self._step(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return skipped
+        return Stepped(skipped, norm)
 
     def _step(self, skipped: Tensor) -> None:
         """fp16's scaler finds out by itself; what it tells a fused optimizer is told to it here in other precisions."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tldist import dist
 from tldist.config import OptimConfig
-from tldist.engine.base import HeldBytes, Numerics, stored_bytes
+from tldist.engine.base import HeldBytes, Numerics, Stepped, stored_bytes
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist.optim import OptimizerState, build_optimizer, parameter_groups, set_learning_rates
 from tldist.plan import Phase
@@ -106,7 +106,7 @@ class ZeroEngine:
     def _scale(self) -> Tensor:
         return self.numerics.scaler.scale(torch.ones((), device=self.numerics.device))
 
-    def step(self, factor: float) -> Tensor:
+    def step(self, factor: float) -> Stepped:
         """Stages 1 and 2 clip, and leave a step out, in the fused optimizer, as SingleEngine does: no host sync.
 
         Stage 3 and offloading leave both to DeepSpeed, which asks the device whether the norm is finite. The norm is
@@ -114,25 +114,29 @@ class ZeroEngine:
         """
         set_learning_rates(self.optimizer, self.config.base_lr, factor)
         if self.clips:
-            skipped = self._prepare()
+            stepped = self._prepare()
             self.engine.step()
         else:
             self.engine.step()
-            skipped = torch.full((), float(self.zero.overflow), device=self.numerics.device)
+            stepped = Stepped(self._scalar(float(self.zero.overflow)), self._scalar(self.zero._global_grad_norm))
         if self.numerics.scaler.is_enabled():
-            _tell(self.numerics.scaler, skipped)
-        return skipped
+            _tell(self.numerics.scaler, stepped.skipped)
+        return stepped
 
-    def _prepare(self) -> Tensor:
+    def _scalar(self, value: float | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.float32, device=self.numerics.device)
+
+    def _prepare(self) -> Stepped:
         """Tell the fused optimizer what to divide the gradients by, and whether to leave the step out."""
         shares = list(_tensors(self.zero.averaged_gradients))
         norm = dist.all_sum(nn.utils.get_total_norm(shares).square()).sqrt()
         skipped = 1.0 - torch.isfinite(norm).float()
         divisor = self._scale()
+        unscaled = norm / divisor
         if self.config.clip_norm:
-            divisor = divisor * ((norm / divisor + 1e-6) / self.config.clip_norm).clamp(min=1.0)
+            divisor = divisor * ((unscaled + 1e-6) / self.config.clip_norm).clamp(min=1.0)
         self.optimizer.grad_scale, self.optimizer.found_inf = divisor, skipped  # type: ignore[attr-defined]
-        return skipped
+        return Stepped(skipped, unscaled)
 
     # The optimizer's state
 

@@ -149,6 +149,7 @@ class Console:
             ("top-1", wording.fraction(number(self._train, "top1")), 4),
             ("", f"{wording.rate(number(self._train, 'images_per_s'))} img/s", 3),
             ("wait", wording.percent(number(self._train, "data_wait_share")), 6),
+            ("grad", wording.rate(number(self._train, "grad_norm")), 7),
             ("val", wording.fraction(number(self._eval, "val_top1")), 2),
             ("ETA", wording.duration(self._eta_s()), 1),
         ]

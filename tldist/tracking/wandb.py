@@ -1,7 +1,8 @@
 """The Weights & Biases mirror of `metrics.jsonl`: written by rank 0, unable to slow or to stop a run.
 
-Rows go through a bounded queue to a thread of their own: a log call waits for the socket of wandb-core, and a
-table of 32 thumbnails takes 0.2 s (two Xeon cores). Whatever fails there ends the mirror with one notice.
+Rows go through a bounded queue to a thread of their own, which also connects: a server that does not answer is waited
+for 20 s, a log call waits for the socket of wandb-core, and a table of 32 thumbnails takes 0.2 s (two Xeon cores).
+Whatever fails there ends the mirror with one notice.
 """
 
 from __future__ import annotations
@@ -12,92 +13,115 @@ import io
 import netrc
 import os
 import queue
-import re
+import secrets
 import shlex
+import string
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tldist.tracking import wandb_files, wording
+from tldist.tracking.console import Console
+from tldist.tracking.runlog import parse
+from tldist.tracking.wandb_rows import AXES, STEPS, history_row, plain, summary
+from tldist.tracking.wording import number, whole
 
 Row = dict[str, Any]
 Notice = Callable[[str], None]
 
 INIT_TIMEOUT_S = 20
 FINISH_TIMEOUT_S = 60
-"""How long the end of a run waits for uploads; what is left stays on disk for `wandb sync`."""
+"""How long the end of a run waits for uploads; what is left stays on disk for `tldist sync`."""
+STOP_TIMEOUT_S = 15
+"""The same of a run that was told to stop: its place is wanted, and the process that goes on makes up for the rest."""
 QUEUE_ROWS = 10_000
-MAX_SAMPLES = 32
-THUMBNAIL_PX = 224
-MAX_CHART_CLASSES = 50
-"""Above this a confusion matrix of C x C cells is unreadable: only its largest cells are kept."""
+STOPPED = 75
+"""Exit code of a run that was stopped and will go on (tldist_launcher.cli)."""
 
-_MODES = {"run": "online", "shared": "online", "dryrun": "offline"}
+_MODES = {"run": "online", "dryrun": "offline"}
 """Older names that WANDB_MODE may hold."""
-_SECTIONS = {
-    "images_per_s": "throughput/images_per_s",
-    "tflops_per_s": "throughput/tflops_per_s",
-    "mfu": "throughput/mfu",
-    "data_wait_share": "throughput/data_wait_share",
-    "peak_mem_gib": "memory/peak_gib",
-    "phase": "phase",
-    "epoch": "epoch",
-}
-_BOOKKEEPING = ("event", "time", "step")
+_CLOUD = ("api.forge.coreweave.com", "forge.coreweave.com", "api.wandb.ai")
+"""Names of W&B's own server: the first is the default since 0.31, the last was before."""
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """What W&B is told of a run at its start. The id stays the same however often the run is started again."""
+
+    run_dir: Path
+    run_id: str
+    project: str
+    name: str
+    config: Row
+    tags: Sequence[str] = ()
+    group: str | None = None
+    """Runs of one study; None: what WANDB_RUN_GROUP says."""
+    nodes: int = 1
+    label: str = ""
+    """Of this node, in the curves of its GPUs and CPUs."""
+
+    def settings(self) -> Row:
+        """For `wandb.init`."""
+        told: Row = {"project": self.project, "name": self.name, "config": self.config, "id": self.run_id}
+        return told | {"group": self.group, "tags": [tag[:64] for tag in self.tags if tag], "resume": "allow"}
+
+
+def new_id() -> str:
+    """A run's id, as W&B makes them."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 class WandbSink:
     """Mirrors the rows of one run; see `open`. None of its methods raises or waits for the network."""
 
-    def __init__(self, run: Any, notice: Notice) -> None:
-        self._run = run
+    def __init__(self, mode: str, told: Mirrored, notice: Notice) -> None:
+        self.mode = mode
+        self._told = told
         self._notice = notice
         self._queue: queue.Queue[Row | None] = queue.Queue(QUEUE_ROWS)
+        self._notices: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._trouble: str | None = None
-        self._told = False
+        self._told_trouble = False
         self._exit_code = 0
-        # A resumed online run starts where the server's history ends; W&B steps never go backwards.
-        self._last_step = int(run.step or 0)
+        self._run: Any = None
+        # What W&B has: its next step, and of each kind of row the last step. Both only ever grow.
+        self._step = 0
+        self._seen: dict[str, int] = {}
+        self._shown = io.StringIO()
+        self._console = Console(self._shown)
+        metrics = told.run_dir / "metrics.jsonl"
+        self._before = metrics.stat().st_size if metrics.exists() else 0
         self._thread = threading.Thread(target=self._drain, name="wandb-sink", daemon=True)
         self._thread.start()
 
     @classmethod
-    def open(
-        cls,
-        mode: str,
-        *,
-        run_dir: Path,
-        project: str,
-        name: str,
-        config: dict[str, Any],
-        tags: Sequence[str],
-        run_id: str | None,
-        notice: Notice,
-    ) -> WandbSink | None:
-        """Start the mirror; None where it is disabled or cannot start (then `notice` has said why).
+    def open(cls, mode: str, told: Mirrored, notice: Notice) -> WandbSink | None:
+        """Start the mirror; None where it is disabled. Whatever goes wrong later, `notice` says.
 
-        `mode` is auto, online, offline or disabled; auto follows WANDB_MODE, else is online where there is a
-        login. A `run_id` continues that run. Files go to RUN_DIR/wandb.
+        `mode` is auto, online, offline or disabled; auto follows WANDB_MODE, else is online where there is a login.
+        Files go to RUN_DIR/wandb. What earlier processes of the run wrote to metrics.jsonl and W&B lacks is made up
+        for. With several nodes an online run is in W&B's shared mode, so that the others can join it (NodeMonitor).
         """
-        try:
-            mode = _resolve(mode)
-            if mode == "disabled":
-                return None
-            if mode == "online" and login() is None:
-                mode = "offline"
-                notice(f"W&B: no login, the run is kept in {run_dir / 'wandb'}; {_upload(run_dir)}")
-            settings = {"project": project, "name": name, "config": config, "id": run_id}
-            settings |= {"resume": "allow" if run_id else None, "tags": [tag[:64] for tag in tags if tag]}
-            return cls(_init_or_offline(mode, run_dir, settings, notice), notice)
-        except Exception as error:
-            notice(f"W&B: off for this run ({_brief(error)}); metrics.jsonl has everything")
-            _teardown()
+        mode = _resolve(mode)
+        if mode == "disabled":
             return None
+        if mode == "online" and login() is None:
+            mode = "offline"
+            notice(f"W&B: no login, the run is kept in {told.run_dir / 'wandb'}; {_upload(told.run_dir)}")
+        if told.nodes > 1:
+            if mode == "offline":
+                notice("W&B: offline, so GPU and CPU of the first node alone are on record")
+            else:
+                mode = "shared"
+        return cls(mode, told, notice)
 
     @property
     def run_id(self) -> str:
         """What a resumed run passes to `open`."""
-        return self._run.id
+        return self._told.run_id
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Mirror one row of `metrics.jsonl`; kinds it does not know are passed over."""
@@ -108,13 +132,14 @@ class WandbSink:
                 self._trouble = "it takes no more rows"
         self._tell()
 
-    def close(self, failed: bool = False) -> None:
-        """Finish the run, as failed where it did: at most `FINISH_TIMEOUT_S` and a few seconds."""
-        self._exit_code = int(failed)
+    def close(self, exit_code: int = 0) -> None:
+        """Finish the run: at most `FINISH_TIMEOUT_S` and a few seconds. STOPPED: W&B shows it as preempted."""
+        self._exit_code = exit_code
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=1)
+        patience_s = STOP_TIMEOUT_S if exit_code == STOPPED else FINISH_TIMEOUT_S + 10
         # A queue that overflowed belongs to a wandb-core that hangs: no point in waiting for it.
-        self._thread.join(FINISH_TIMEOUT_S + 10 if self._trouble is None else 1)
+        self._thread.join(patience_s if self._trouble is None else 1)
         if self._thread.is_alive():
             self._trouble = self._trouble or "it does not answer"
             _kill_service()  # or W&B's own exit hook would wait for it for ever
@@ -122,32 +147,159 @@ class WandbSink:
         self._tell()
 
     def _tell(self) -> None:
-        """Say what went wrong, once, on the caller's thread."""
-        if self._trouble is not None and not self._told:
-            self._told = True
+        """Say what happened, once, on the caller's thread."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._notice(self._notices.get_nowait())
+        if self._trouble is not None and not self._told_trouble:
+            self._told_trouble = True
             self._notice(f"W&B: stopped ({self._trouble}); training goes on and metrics.jsonl has everything")
+
+    # What the thread does
 
     def _drain(self) -> None:
         try:
+            self._start()
+            self._catch_up()
             while (event := self._queue.get()) is not None:
                 self._log(event)
-            self._run.finish(exit_code=self._exit_code)
+            self._finish()
         except Exception as error:
             self._trouble = self._trouble or _brief(error)
         # finish() returns up to a second before the file is written; the end of wandb-core waits for it.
         _teardown()
 
+    def _finish(self) -> None:
+        if self._exit_code == STOPPED:
+            self._run.mark_preempting()
+        try:
+            self._run.finish(exit_code=self._exit_code)
+        except TimeoutError:
+            self._notices.put(f"W&B: not all was uploaded in {FINISH_TIMEOUT_S} s; {_upload(self._told.run_dir)}")
+        else:
+            (Path(self._run.dir).parent / wandb_files.UNSENT).unlink(missing_ok=True)
+
+    def _start(self) -> None:
+        """Connect, offline where the server does not answer, and find out what W&B has of this run."""
+        run_dir = self._told.run_dir
+        stored = wandb_files.histories(run_dir, self.run_id)
+        try:
+            self._run = _init(self.mode, self._told)
+        except Exception as error:
+            if self.mode == "offline":
+                raise
+            _teardown()  # the failed start still holds the run's id
+            self._notices.put(f"W&B: no connection ({_brief(error)}), the run is kept offline; {_upload(run_dir)}")
+            self.mode = "offline"
+            self._run = _init("offline", self._told)
+        if self.mode != "offline":
+            (Path(self._run.dir).parent / wandb_files.UNSENT).touch()
+        self._step = max((int(row.get("_step", 0)) + 1 for row in stored), default=0)
+        if self.mode == "online":  # what the server has counts
+            self._step = int(self._run.step or 0)
+            stored = [row for row in stored if row.get("_step", 0) < self._step]
+            self._seen = dict.fromkeys(("train", "eval"), self._step - 1) if self._step and not stored else {}
+        for kind, key in STEPS.items():
+            steps = [int(row[key]) for row in stored if key in row]
+            self._seen[kind] = max(steps, default=self._seen.get(kind, -1))
+
+    def _catch_up(self) -> None:
+        """Mirror what earlier processes of this run logged, as far as it did not arrive: a kill loses some seconds."""
+        if not self._before:
+            return
+        with (self._told.run_dir / "metrics.jsonl").open("rb") as file:
+            lines = file.read(self._before).splitlines()
+        for event in filter(None, map(parse, lines)):
+            if event.get("event") in STEPS:
+                self._log_history(event)
+
     def _log(self, event: Row) -> None:
         kind = event.get("event")
         if kind == "run":
-            self._run.config.update({"run": _plain(event)}, allow_val_change=True)
+            self._run.config.update({"run": plain(event)}, allow_val_change=True)
         elif kind == "end":
-            self._run.summary.update(_summary(event))
-        elif kind in _ROWS:
-            step = int(event.get("step", self._last_step))
-            if step >= self._last_step:
-                self._last_step = step
-                self._run.log(_ROWS[kind](event), step=step)
+            self._run.summary.update(summary(event))
+        elif kind == "files":
+            self._log_files(event)
+        else:
+            self._log_history(event)
+        self._log_text(event)
+        if alert := _alert(event):
+            self._run.alert(**alert)
+
+    def _log_history(self, event: Row) -> None:
+        """One row, unless it arrived before: a resumed run repeats the steps since its checkpoint."""
+        kind, step = str(event.get("event")), whole(event, "step")
+        row = None if step is not None and step <= self._seen.get(kind, -1) else history_row(event)
+        if row is None:
+            return
+        if kind in STEPS:
+            self._seen[kind] = int(event["step"])
+        self._step = max(step or 0, self._step)  # W&B's own steps never go backwards
+        self._run.log(row, step=None if self.mode == "shared" else self._step)
+
+    def _log_files(self, event: Row) -> None:
+        """A new version of an artifact, under its aliases. Files are referred to where they are, not copied."""
+        import wandb
+
+        artifact = wandb.Artifact(f"{event['name']}-{self.run_id}", type=event["name"], metadata=event.get("metadata"))
+        for path in event["paths"]:
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)
+        self._run.log_artifact(artifact, aliases=list(event["aliases"]))
+
+    def _log_text(self, event: Row) -> None:
+        """In W&B's Logs: what a log file of the job shows."""
+        if event.get("event") == "error":
+            self._shown.write(f"{event.get('kind')}: {event.get('text')}\n")
+        self._console.feed(event)
+        if text := self._shown.getvalue():
+            self._shown.seek(0)
+            self._shown.truncate()
+            self._run.write_logs(text)
+
+
+class NodeMonitor:
+    """GPU and CPU of one more node, in the run that another node's sink opened in shared mode.
+
+    A thread connects and waits; it can neither slow nor stop a run. `trouble` says why there is nothing to see.
+    """
+
+    def __init__(self, told: Mirrored) -> None:
+        self.trouble: str | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(told,), name="wandb-node", daemon=True)
+        self._thread.start()
+
+    def _watch(self, told: Mirrored) -> None:
+        try:
+            run = _init("shared", told, x_primary=False, x_update_finish_state=False)
+            self._over.wait()
+            run.finish()
+        except Exception as error:
+            self.trouble = _brief(error)
+        _teardown()
+
+    def close(self) -> None:
+        """Leave the run."""
+        self._over.set()
+        self._thread.join(FINISH_TIMEOUT_S + 10)
+        if self._thread.is_alive():
+            _kill_service()
+
+
+def _alert(event: Row) -> Row | None:
+    """What is worth a message: how the run ended."""
+    if event.get("event") == "end":
+        best, seconds = (number(event, key) for key in ("best_val_top1", "wall_s"))
+        text = f"best validation top-1 {wording.fraction(best)}, after {wording.duration(seconds)}"
+        return {"title": "tldist: finished", "text": text, "level": "INFO"}
+    if event.get("event") == "error" and event.get("lost_peer"):
+        text = f"{event.get('text')}; the launcher starts the workers again, as long as --launch.restarts allows"
+        return {"title": "tldist: lost a worker", "text": text[:1000], "level": "WARN"}
+    if event.get("event") == "error":
+        how = "diverged" if "Diverged" in str(event.get("kind")) else "failed"
+        return {"title": f"tldist: {how}", "text": f"{event.get('kind')}: {event.get('text')}"[:1000], "level": "ERROR"}
+    return None
 
 
 def login() -> str | None:
@@ -156,22 +308,23 @@ def login() -> str | None:
         if os.environ.get(variable):
             return variable
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    host = urlsplit(server()).netloc
     try:
-        known = netrc.netrc(path).authenticators(_host())
+        file = netrc.netrc(path)
     except (OSError, netrc.NetrcParseError):
         return None
-    return str(path) if known and known[2] else None
+    found = [file.authenticators(name) for name in (_CLOUD if host in _CLOUD else (host,))]
+    return str(path) if any(known and known[2] for known in found) else None
 
 
-def _host() -> str:
-    """The W&B server's name: WANDB_BASE_URL, else the settings file of `wandb login --host`, else the cloud."""
+def server() -> str:
+    """The W&B server: WANDB_BASE_URL, else the settings file of `wandb login --host`, else the cloud."""
     folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
     file = configparser.ConfigParser(interpolation=None)
     with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):
         file.read(folder / "settings")
     saved = file.get("default", "base_url", fallback="")
-    url = os.environ.get("WANDB_BASE_URL") or saved or "https://api.wandb.ai"
-    return urlsplit(url).netloc
+    return os.environ.get("WANDB_BASE_URL") or saved or f"https://{_CLOUD[0]}"
 
 
 def _resolve(mode: str) -> str:
@@ -180,29 +333,20 @@ def _resolve(mode: str) -> str:
         del os.environ["WANDB_MODE"]
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE", "online")
-    return _MODES.get(mode, mode)
+    mode = _MODES.get(mode, mode)
+    return "online" if mode == "shared" else mode
 
 
-def _init_or_offline(mode: str, run_dir: Path, settings: Row, notice: Notice) -> Any:
-    """Start the run; offline where the server does not answer."""
-    try:
-        return _init(mode, run_dir, settings)
-    except Exception as error:
-        if mode != "online":
-            raise
-        _teardown()  # the failed start still holds the run's id
-        notice(f"W&B: no connection ({_brief(error)}), the run is kept offline; {_upload(run_dir)}")
-        return _init("offline", run_dir, settings)
-
-
-def _init(mode: str, run_dir: Path, settings: Row) -> Any:
+def _init(mode: str, told: Mirrored, **more: Any) -> Any:
     import wandb
 
-    folder = (run_dir / "wandb").resolve()
+    folder = (told.run_dir / "wandb").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     # Tables are staged here until they are uploaded; W&B's own choice is the home directory.
     os.environ.setdefault("WANDB_DATA_DIR", str(folder))
     os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
+    if not os.environ.get("WANDB_MODE", "unset"):
+        del os.environ["WANDB_MODE"]
     quiet = wandb.Settings(
         console="off",
         silent=True,
@@ -210,129 +354,25 @@ def _init(mode: str, run_dir: Path, settings: Row) -> Any:
         disable_code=True,
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
+        finish_timeout_raises=True,
+        x_label=told.label or None,
+        **more,
     )
     wandb.setup(wandb.Settings(silent=True))  # or the login is announced before `quiet` is read
-    run = wandb.init(mode=mode, dir=str(run_dir.resolve()), settings=quiet, **settings)  # pyright: ignore[reportArgumentType]
-    run.define_metric("val/top1", summary="max")
-    run.define_metric("val/loss", summary="min")
+    run = wandb.init(mode=mode, dir=str(told.run_dir.resolve()), settings=quiet, **told.settings())  # pyright: ignore[reportArgumentType]
+    if more:
+        return run
+    for axis, sections in AXES.items():
+        run.define_metric(axis, hidden=True)
+        for section in sections:
+            run.define_metric(section, step_metric=axis)
+    run.define_metric("val/top1", summary="max", step_metric="val/step")
+    run.define_metric("val/loss", summary="min", step_metric="val/step")
     return run
 
 
-def _phase_row(event: Row) -> Row:
-    return {"phase": event.get("phase"), "phase_name": event.get("name")} | _named(
-        event, "phase/", skip=("phase", "name", "epoch")
-    )
-
-
-def _train_row(event: Row) -> Row:
-    rates = event.get("lr")
-    rates = rates if isinstance(rates, dict) else {}
-    return {f"lr/{stage}": rate for stage, rate in rates.items()} | _named(event, "train/")
-
-
-def _eval_row(event: Row) -> Row:
-    # Not through _SECTIONS: an eval row counts finished epochs, a train row the one under way.
-    numbers = _numbers(event)
-    return {f"val/{key.replace('val_', '')}": value for key, value in numbers.items() if key != "phase"}
-
-
-def _summary(event: Row) -> Row:
-    """The end's values; those of a phase as `per_phase/2_layer4/mfu`, which W&B can plot where a list is only text."""
-    row = _plain(event)
-    phases = row.pop("per_phase", None)
-    for i, phase in enumerate(phases if isinstance(phases, list) else [], start=1):
-        name = re.sub(r"\W+", "_", str(phase.get("name", ""))).strip("_")
-        row |= {f"per_phase/{i}_{name}/{key}": value for key, value in _numbers(phase).items()}
-    return row
-
-
-def _inputs_row(event: Row) -> Row:
-    import wandb
-
-    return {"data/inputs": wandb.Image(event["path"], caption="what training sees")}
-
-
-def _predictions_row(event: Row) -> Row:
-    row: Row = {}
-    if event.get("confusion_CC"):
-        row["val/confusion"] = _confusion_chart(event["classes"], event["confusion_CC"])
-    if event.get("samples"):
-        row["val/predictions"] = _sample_table(event["samples"])
-    return row
-
-
-_ROWS: dict[str, Callable[[Row], Row]] = {
-    "phase": _phase_row,
-    "train": _train_row,
-    "eval": _eval_row,
-    "predictions": _predictions_row,
-    "inputs": _inputs_row,
-}
-
-
-def _numbers(event: Row) -> Row:
-    return {k: v for k, v in event.items() if k not in _BOOKKEEPING and isinstance(v, int | float)}
-
-
-def _named(event: Row, prefix: str, skip: Sequence[str] = ()) -> Row:
-    """The numbers of a row under W&B's section names; what has no section of its own goes under `prefix`."""
-    return {_SECTIONS.get(k, prefix + k): v for k, v in _numbers(event).items() if k not in skip}
-
-
-def _confusion_chart(classes: Sequence[str], counts_CC: Sequence[Sequence[int]]) -> Any:
-    """W&B's own confusion chart from counts; `wandb.plot.confusion_matrix` wants every label instead."""
-    import wandb
-
-    cells: Any = [
-        [actual, predicted, int(n)]
-        for actual, counts_C in zip(classes, counts_CC, strict=True)
-        for predicted, n in zip(classes, counts_C, strict=True)
-    ]
-    if len(classes) > MAX_CHART_CLASSES:
-        cells = sorted(cells, key=lambda cell: -cell[2])[: MAX_CHART_CLASSES**2]
-    columns: Any = ["Actual", "Predicted", "nPredictions"]
-    return wandb.plot_table(
-        vega_spec_name="wandb/confusion_matrix/v1",
-        data_table=wandb.Table(columns=columns, data=cells),
-        fields={column: column for column in columns},
-        string_fields={"title": "Validation confusion matrix"},
-    )
-
-
-def _sample_table(samples: Sequence[Row]) -> Any:
-    import wandb
-
-    table = wandb.Table(columns=["image", "label", "predicted", "confidence", "correct"])
-    for sample in samples[:MAX_SAMPLES]:
-        label, predicted = str(sample["label"]), str(sample["predicted"])
-        image = _thumbnail(Path(sample["path"]))
-        picture = None if image is None else wandb.Image(image, caption=predicted, file_type="jpg")
-        table.add_data(picture, label, predicted, float(sample["confidence"]), label == predicted)
-    return table
-
-
-def _thumbnail(path: Path) -> Any:
-    """A small upright copy of an image file or tar's member; None where it cannot be read."""
-    from PIL import Image, ImageOps
-
-    from tldist.data.shards import read_path
-
-    try:
-        with Image.open(io.BytesIO(read_path(path))) as image:
-            image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception:
-        return None
-    small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    return small
-
-
-def _plain(row: Row) -> Row:
-    return {key: value for key, value in row.items() if key not in _BOOKKEEPING and value is not None}
-
-
 def _upload(run_dir: Path) -> str:
-    return f"upload it with `wandb sync {shlex.quote(str(run_dir / 'wandb'))}/offline-run-*`"
+    return f"upload it with `tldist sync {shlex.quote(str(run_dir))}`"
 
 
 def _brief(error: Exception) -> str:

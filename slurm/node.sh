@@ -37,7 +37,7 @@ if [ "$SLURM_PROCID" = 0 ]; then
     wait -n "$command" "$ray"
     said=$?
     # Ray is gone before COMMAND, or is going (scancel reaches all processes at once): nothing more can be saved.
-    kill -KILL "$command" 2> /dev/null && said=1
+    { kill -KILL "$command" && said=1; wait "$command"; } 2> /dev/null
     echo "$said" > "$folder/code" # this script's own code would end the other nodes at once
     echo > "$folder/line"
 else

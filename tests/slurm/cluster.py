@@ -110,8 +110,9 @@ class Cluster:
 
     def kill_slurmd(self, name: str) -> None:
         """Slurm's daemon alone: what it started goes on."""
-        for pid in self.processes(name, "slurmd -D -f"):
-            os.kill(pid, signal.SIGKILL)
+        for pid, title in self.processes(name).items():
+            if title.startswith("slurmd "):
+                os.kill(pid, signal.SIGKILL)
 
     def start_slurmd(self, name: str) -> None:
         """It comes back."""

@@ -129,7 +129,7 @@ class Submitted:
 
     def left(self) -> list[str]:
         """Processes of jobs on either node: all but Slurm's own and the node's first."""
-        own = ("unshare ", "bash -c hostname", "slurmd -D", "sleep inf")
+        own = ("unshare ", "bash -c hostname", "slurmd ", "sleep inf")
         return [title for name in NODES for title in self.cluster.processes(name).values() if not title.startswith(own)]
 
     def until_clean(self, seconds: float) -> float:

@@ -46,6 +46,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on `photos`, two epochs at 32 px in fp32 by torchvision's loader: its logits are worth comparing.
+
+    Not to be written to.
+    """
+    from tldist import config, worker
+    from tldist.data.index import build_index, save_index
+
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    run_dir.mkdir()
+    made = config.RunConfig(
+        run_dir=str(run_dir),
+        model=config.ModelConfig(weights="none", head="mlp_bn"),
+        strategy=config.StrategyConfig(name="full"),
+        data=config.DataConfig(root=str(photos), batch_size=8, image_size=32, loader="torchvision"),
+        optim=config.OptimConfig(base_lr=1e-3),
+        train=config.TrainConfig(epochs=2, precision="fp32"),
+        tracking=config.TrackingConfig(wandb="disabled"),
+    )
+    config.save(made, run_dir / "config.yaml")
+    save_index(build_index(photos), run_dir / "index.json")
+    worker.run(config.to_json(made))
+    return run_dir
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the real archives; skips where it is absent."""
     folder = Path(os.environ.get("TLDIST_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -252,6 +252,12 @@ def point(folder: Path, names: Sequence[str], target: str, keep: int = 0) -> Non
         _remove_older(folder, keep)
 
 
+def digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of a whole checkpoint."""
+    lines = (checkpoint / SUMS).read_text().splitlines()
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+
+
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
     """What was evaluated, under torchvision's names."""
     return safetensors.torch.load_file(checkpoint / "model.safetensors")

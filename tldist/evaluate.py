@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from tldist import dist
+from tldist.calibration import fit_temperature
 from tldist.data.index import Split
 from tldist.engine.base import Numerics
 
@@ -26,6 +27,8 @@ class Evaluation:
     predicted_N: Tensor
     confidence_N: Tensor
     loss_N: Tensor
+    temperature: float = 1.0
+    """Under which the confidences fit these images best (calibration.py)."""
 
     @property
     def top1(self) -> float:
@@ -52,6 +55,7 @@ def evaluate(
     once, and at least one).
     """
     rows = [torch.zeros(0, 5, dtype=torch.float64, device=numbers.device)]
+    seen: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         with numbers.autocast():
             logits = logits_of(batch).float()
@@ -60,6 +64,7 @@ def evaluate(
         ids = torch.from_numpy(batch.ids_N).to(logits.device, non_blocking=True)
         columns = [t.double() for t in (ids, batch.labels_N, predicted, confidence, loss)]
         rows.append(torch.stack(columns, dim=1))
+        seen.append((logits, batch.labels_N))
     gathered = dist.gather_rows(torch.cat(rows)).cpu()
     gathered = gathered[gathered[:, 0].argsort()]
     ids = gathered[:, 0].long()
@@ -67,7 +72,15 @@ def evaluate(
     if not torch.equal(ids, expected):
         raise RuntimeError(f"evaluation saw {len(gathered)} images, not each of the {images} exactly once")
     _, labels, predicted, confidence, loss = gathered.unbind(1)
-    return Evaluation(ids, labels.long(), predicted.long(), confidence, loss)
+    temperature = _temperature(seen, numbers.device)
+    return Evaluation(ids, labels.long(), predicted.long(), confidence, loss, temperature)
+
+
+def _temperature(seen: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
+    """Fitted to all workers' images; this one may have seen none."""
+    logits = [logits_NC for logits_NC, _ in seen] or [torch.zeros(0, 1, device=device)]
+    labels = [labels_N for _, labels_N in seen] or [torch.zeros(0, dtype=torch.long, device=device)]
+    return fit_temperature(torch.cat(logits), torch.cat(labels))
 
 
 def predictions(evaluation: Evaluation, split: Split, classes: tuple[str, ...], samples: int = 24) -> dict[str, Any]:

@@ -453,6 +453,7 @@ def save_checkpoint(
         if evaluation is not None:
             shown = predictions(evaluation, run.index.val, run.index.classes)
             contents.texts["predictions.json"] = json.dumps(shown)
+            contents.texts["calibration.json"] = json.dumps({"temperature": evaluation.temperature})
         run.saver.save(names, contents)
     state.workers = {}
 

@@ -8,8 +8,8 @@ reported: it survives a slow round that a ratio of medians would mix with a fast
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
+import math
 import os
 import statistics
 import sys
@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from tldist import dist
-from tldist.config import UserError, nearest
+from tldist.config import TrainingFailed, UserError, nearest
 from tldist.tracking.environment import environment
 
 Turn = Callable[[], dict[str, float]]
@@ -114,22 +114,6 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def append_csv(path: Path, same: Mapping[str, Any], measured: Measured) -> None:
-    """One row per variant, measurement and round, under those of earlier runs; `same` stands in every row."""
-    rows = [
-        {**same, "variant": variant, "metric": metric, "round": number, "value": f"{value:.6g}"}
-        for variant, metrics in measured.items()
-        for metric, series in metrics.items()
-        for number, value in enumerate(series.values, start=1)
-    ]
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def check_writable(folder: Path, *files: Path) -> None:
     """Make `folder`, and find out before anything is measured that results could not be written."""
     for place in (folder, *(file.parent for file in files)):
@@ -170,21 +154,21 @@ def _value(flag: str, text: str, kind: Any) -> Any:
         if text not in choices:
             raise UserError(f"{flag} '{text}' is not known{nearest(text, choices)}: choose from {', '.join(choices)}")
         return text
-    if kind is not int:
+    if kind not in (int, float):
         return text
     try:
-        number = int(text)
+        number = kind(text)
     except ValueError:
-        raise UserError(f"{flag} '{text}' is not a whole number") from None
-    if number < 1:
-        raise UserError(f"{flag} is {number}: give 1 or more")
+        raise UserError(f"{flag} '{text}' is not a {'whole ' if kind is int else ''}number") from None
+    if not (number >= 1 if kind is int else 0 < number < math.inf):
+        raise UserError(f"{flag} is {number}: give {'1 or more' if kind is int else 'a number above 0'}")
     return number
 
 
 def command(
     words: Sequence[str], settings: type[Settings], name: str, doc: str, run: Callable[[Settings], None]
 ) -> int:
-    """A bench's command: --help, or flags, and then `run`. Raises UserError."""
+    """A bench's command: --help, or flags, and then `run`. Raises UserError and TrainingFailed."""
     if {"-h", "--help"} & set(words):
         print(f"{usage(settings, name)}\n\n{doc.splitlines()[0]}")
         return 0
@@ -198,9 +182,9 @@ def main(bench: Callable[[Sequence[str]], int]) -> None:
     """Without the launcher: `python -m tldist_benchmarks.NAME`."""
     try:
         sys.exit(bench(sys.argv[1:]))
-    except UserError as error:
+    except (UserError, TrainingFailed) as error:
         print(f"tldist: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 def usage(settings: type, command: str) -> str:

@@ -1,6 +1,7 @@
 """The three kernels against their references, compiled and not, and against the card's own copy bandwidth.
 
-`python -m tldist_benchmarks.kernels --json FILE`; needs torch alone (and triton on CUDA).
+`tldist bench kernels` prints and writes what every bench does. `python -m tldist_benchmarks.kernels --json FILE` needs
+torch alone (and triton on CUDA): for a GPU machine that has nothing else.
 
 How it is timed. All variants of a case and a plain copy of 1 GiB take turns in every round, so that a change of
 clocks meets all of them. Each turn goes over several input sets, together larger than the L2 cache (50 MB on an
@@ -22,10 +23,10 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +40,9 @@ from tldist_kernels import (
 )
 from tldist_kernels.mixing import Mixing, affine, affine_row, mix_affine
 from tldist_kernels.mmd import MULTIPLES
+
+if TYPE_CHECKING:
+    from tldist_benchmarks.results import Result, View
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPE = torch.bfloat16
@@ -68,14 +72,45 @@ class Case:
     variants: dict[str, Call]
 
 
-def run(rounds: int = 20) -> list[dict[str, Any]]:
-    """Measure every case on the CUDA device, or on the CPU where there is none. One row per case and variant."""
+Rounds = dict[str, dict[str, list[float]]]
+"""'OP/CASE/VARIANT' -> measurement -> its rounds, or a single value."""
+
+
+def measure(rounds: int = 20) -> Rounds:
+    """Every case on the CUDA device, or on the CPU where there is none."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
+    found: Rounds = {}
     for case in _cases(device):
-        rows += _measure(case, device, rounds)
+        found |= _measure(case, device, rounds)
         torch.compiler.reset()
-    return rows
+    return found
+
+
+def rows(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> list[dict[str, Any]]:
+    """One row per case and variant: medians over the rounds."""
+    return [_row(measured, name) for name in measured]
+
+
+def _row(measured: Mapping[str, Mapping[str, Sequence[float]]], name: str) -> dict[str, Any]:
+    op, case, variant = name.split("/")
+    us = measured[name]["us"]
+    gb_per_s, copied = (_gb_per_s(measured[of]) for of in (name, f"{op}/{case}/copy"))
+    return {
+        "bench": "kernels",
+        "op": op,
+        "case": case,
+        "variant": variant,
+        "median_us": round(statistics.median(us), 2),
+        "p20_us": round(_percentile(us, 0.2), 2),
+        "p80_us": round(_percentile(us, 0.8), 2),
+        "host_us": round(statistics.median(measured[name]["host_us"]), 2),
+        "gb_per_s": round(gb_per_s, 1),
+        "share_of_copy": round(gb_per_s / copied, 4),
+    }
+
+
+def _gb_per_s(metrics: Mapping[str, Sequence[float]]) -> float:
+    return metrics["bytes_moved"][0] / statistics.median(metrics["us"]) / 1e3
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -193,29 +228,20 @@ def _sets(bytes_each: int) -> int:
     return max(2, min(64, math.ceil(INPUT_BYTES / bytes_each)))
 
 
-def _measure(case: Case, device: str, rounds: int) -> list[dict[str, Any]]:
+def _measure(case: Case, device: str, rounds: int) -> Rounds:
     source = torch.zeros(2**30 if device == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"copy": lambda i: target.copy_(source)} | case.variants
     bytes_moved = dict.fromkeys(calls, case.bytes_moved) | {"copy": 2 * source.numel()}
     timed = _take_turns(calls, case.sets, rounds, _turn_cuda if device == "cuda" else _turn_cpu)
-    medians = {name: statistics.median(us for us, _ in turns) for name, turns in timed.items()}
-    gb_per_s = {name: bytes_moved[name] / medians[name] / 1e3 for name in calls}
-    return [
-        {
-            "bench": "kernels",
-            "op": case.op,
-            "case": case.name,
-            "variant": name,
-            "median_us": round(medians[name], 2),
-            "p20_us": round(_percentile([us for us, _ in turns], 0.2), 2),
-            "p80_us": round(_percentile([us for us, _ in turns], 0.8), 2),
-            "host_us": round(statistics.median(host for _, host in turns), 2),
-            "gb_per_s": round(gb_per_s[name], 1),
-            "share_of_copy": round(gb_per_s[name] / gb_per_s["copy"], 4),
+    return {
+        f"{case.op}/{case.name}/{name}": {
+            "us": [us for us, _ in turns],
+            "host_us": [host for _, host in turns],
+            "bytes_moved": [float(bytes_moved[name])],
         }
         for name, turns in timed.items()
-    ]
+    }
 
 
 Turn = Callable[[Call, list[int]], tuple[float, float]]
@@ -255,7 +281,7 @@ def _turn_cpu(call: Call, indices: list[int]) -> tuple[float, float]:
     return us, us
 
 
-def _percentile(values: list[float], share: float) -> float:
+def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[round(share * (len(values) - 1))]
 
 
@@ -301,6 +327,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
+    """Without the rest of tldist."""
     parser = argparse.ArgumentParser(description="Time the fused kernels against their references and a copy.")
     parser.add_argument("--json", type=Path, help="write rows, ratios and the environment to this file")
     parser.add_argument("--rounds", type=int, default=20)
@@ -309,12 +336,64 @@ def main(words: Sequence[str] | None = None) -> None:
     if arguments.tune:
         tune(arguments.rounds)
         return
-    rows = run(arguments.rounds)
-    _print_table(rows)
-    result = {"environment": environment(), "rows": rows, "ratios": ratios(rows)}
+    measured = measure(arguments.rounds)
+    found = rows(measured)
+    _print_table(found)
+    result = {"environment": environment(), "rows": found, "ratios": ratios(found), "measured": measured}
     print(json.dumps(result["ratios"], indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+# As `tldist bench kernels`, with what the other benches share
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `tldist bench kernels`."""
+
+    rounds: int = 20
+    json: str = ""
+    """Also write rows, ratios and the environment to this file."""
+    out: str = "benchmarks/results"
+    """Folder for the CSV."""
+
+
+def view(result: Result) -> View:
+    """A row per case and variant."""
+    from tldist_benchmarks import results
+
+    found = rows({name: {m: s.values for m, s in metrics.items()} for name, metrics in result.variants.items()})
+    columns = ("us", "p20..p80", "host us", "GB/s", "of a copy", "times the op's own")
+    made = results.table(f"kernels on {result.same['hardware']}", "op, case, variant", columns)
+    compared = ratios(found)
+    for row in found:
+        of_case, own = compared[f"{row['op']}/{row['case']}"], f"{row['variant']}_over_"
+        over = next((ratio for name, ratio in of_case.items() if name.startswith(own)), None)
+        spread = f"{results.shown(row['p20_us'])}..{results.shown(row['p80_us'])}"
+        numbers = (row["host_us"], row["gb_per_s"], row["share_of_copy"], over)
+        label = f"{row['op']}, {row['case']}, {row['variant']}"
+        made.add_row(label, results.shown(row["median_us"]), spread, *map(results.shown, numbers))
+    return results.View([made])
+
+
+def bench(words: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    from tldist_benchmarks import harness, results
+
+    def run(settings: Settings) -> None:
+        facts = harness.facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        measured = {
+            variant: {metric: harness.Series(tuple(values)) for metric, values in metrics.items()}
+            for variant, metrics in measure(settings.rounds).items()
+        }
+        triton = environment().get("triton", "none")
+        result, path = results.write("kernels", settings, facts, measured, triton=triton)
+        found = rows({name: {m: s.values for m, s in metrics.items()} for name, metrics in measured.items()})
+        results.write_json(settings.json, result, found, compared=ratios(found))
+        results.show(view(result), path)
+
+    return harness.command(words, Settings, "kernels", __doc__ or "", run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from tldist import dist
+from tldist import dist, plots
 from tldist.backbones import IMAGE_MEAN, IMAGE_STD
 from tldist.config import DataConfig, UserError
 from tldist.data.batches import Worker, train_batches
@@ -35,9 +35,9 @@ from tldist.data.sharding import encode
 from tldist.data.verify import num_workers, strict_pillow, verify
 from tldist.inputs import to_input
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness, report
+from tldist_benchmarks import harness, results
 from tldist_benchmarks.harness import Measured, Series, Turn, synchronize
-from tldist_benchmarks.report import shown
+from tldist_benchmarks.results import Result, View, shown
 
 DTYPE = torch.bfloat16
 SMALL_PX = 256
@@ -227,7 +227,7 @@ def ratios(measured: Measured) -> dict[str, Series]:
     return {name: speed[a].over(speed[b]) for name, (a, b) in over.items()}
 
 
-def rows(measured: Measured) -> list[dict[str, Any]]:
+def rows(measured: Measured, cores: int) -> list[dict[str, Any]]:
     """One row a variant, fastest last."""
     lecture = measured["lecture"]["images_per_s"]
     found = [
@@ -237,7 +237,7 @@ def rows(measured: Measured) -> list[dict[str, Any]]:
             "images_per_s": (speed := metrics["images_per_s"]).median,
             "images_per_s_p20": speed.percentile(0.2),
             "images_per_s_p80": speed.percentile(0.8),
-            "per_core": speed.median / dist.cores(),
+            "per_core": speed.median / cores,
             "times_lecture": speed.over(lecture).median,
         }
         for name, metrics in measured.items()
@@ -245,15 +245,24 @@ def rows(measured: Measured) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: row["images_per_s"])
 
 
-def table(title: str, found: list[dict[str, Any]]) -> Table:
+def table(same: Mapping[str, Any], found: list[dict[str, Any]]) -> Table:
     """Rates, slowest first."""
-    made = report.table(title, "variant", ("images/s", "p20..p80", "per core", "x lecture"))
+    title = "loaders: {image_size} px, batch {batch_size}, {cores} cores".format_map(same)
+    made = results.table(title, "variant", ("images/s", "p20..p80", "per core", "x lecture"))
     for row in found:
         spread = f"{shown(row['images_per_s_p20'])}..{shown(row['images_per_s_p80'])}"
         made.add_row(
             row["variant"], *(shown(row["images_per_s"]), spread, shown(row["per_core"])), shown(row["times_lecture"])
         )
     return made
+
+
+def view(result: Result) -> View:
+    """Rates and ratios, and bars."""
+    found = rows(result.variants, int(result.same["cores"]))
+    speeds = {row["variant"]: row["times_lecture"] for row in found}
+    chart = plots.bars("images/s, times the lecture's DataLoader", speeds, shown)
+    return View((table(result.same, found), results.ratio_table(result.ratios, TARGETS)), chart)
 
 
 def run(settings: Settings) -> None:
@@ -263,13 +272,11 @@ def run(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(prefix="tldist-bench-") as folder, harness.worker_threads():
         turns = variants(settings, Path(folder), device)
         measured = harness.take_turns(turns, settings.rounds, harness.show)
-        found, compared = rows(measured), ratios(measured)
-        title = f"loaders: {settings.image_size} px, batch {settings.batch_size}, {dist.cores()} cores"
-        report.print_tables(table(title, found), report.ratio_table(compared, TARGETS))
+        measured = {**measured, results.RATIOS: ratios(measured)}
         dtype = str(DTYPE).removeprefix("torch.")
-        path = report.write("loaders", settings, harness.facts(device), measured, found, compared, dtype=dtype)
-        speeds = {row["variant"]: row["times_lecture"] for row in found}
-        report.chart("images/s, times the lecture's DataLoader", speeds, path.with_suffix(".png"))
+        result, path = results.write("loaders", settings, harness.facts(device), measured, dtype=dtype)
+        results.write_json(settings.json, result, rows(result.variants, dist.cores()))
+        results.show(view(result), path)
 
 
 def bench(words: Sequence[str]) -> int:

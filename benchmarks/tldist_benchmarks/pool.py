@@ -53,7 +53,8 @@ def draw_pool(images: int, side: int, device: torch.device) -> Pool:
 
 
 class PoolLoader:
-    """Answers plans from the pool; the whole image is shown, whatever the plan's views are."""
+    """Answers plans from the pool, whose images come again where a run has more; all of an image is shown, whatever
+    the plan's views are."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -61,7 +62,8 @@ class PoolLoader:
     def batches(self, plans: Iterable[BatchPlan]) -> Iterator[Batch]:
         """In order."""
         for plan in plans:
-            ids_N = torch.from_numpy(plan.ids_N).to(self.pool.labels_N.device, non_blocking=True)
+            ids_N = torch.from_numpy(plan.ids_N % len(self.pool.labels_N))
+            ids_N = ids_N.to(self.pool.labels_N.device, non_blocking=True)
             yield Batch(self.pool.images_NHWC.index_select(0, ids_N), self.pool.labels_N.index_select(0, ids_N), plan)
 
     def close(self) -> None:
@@ -69,7 +71,7 @@ class PoolLoader:
 
 
 def build_run(settings: RunConfig, pool: Pool, images: int, device: torch.device) -> Run:
-    """The run that a worker would build, over the first `images` of the pool; nothing is written but its index."""
+    """The run that a worker would build, over so many `images` of the pool; nothing is written but its index."""
     save_index(_index(pool, images), Path(settings.run_dir) / "index.json")
     run = worker.build(settings, device, EventLog(None))
     run.train_loader.close()
@@ -81,7 +83,7 @@ def build_run(settings: RunConfig, pool: Pool, images: int, device: torch.device
 def _index(pool: Pool, images: int) -> Index:
     """All for training; a validation split would only make the caches' fill longer."""
     names = tuple(f"class{i}" for i in range(CLASSES))
-    labels_N = pool.labels_N[:images].cpu().numpy()
+    labels_N = np.resize(pool.labels_N.cpu().numpy(), images)
     sizes_N2 = np.full((images, 2), pool.images_NHWC.shape[1], dtype=np.int32)
     train = Split(tuple(f"train/{names[c]}/{i}.jpg" for i, c in enumerate(labels_N)), labels_N, sizes_N2)
     none = Split((), np.empty(0, dtype=np.int64), np.empty((0, 2), dtype=np.int32))

@@ -1,95 +1,131 @@
-"""What the benches print and write: tables of rows and of ratios beside their targets, CSV, chart and JSON."""
+"""Tables and charts of all results, written into docs/benchmarks.md.
+
+`tldist bench report` reads the CSVs, draws a chart beside each, and writes the tables between the markers
+
+    <!-- results of NAME -->
+    <!-- end of results -->
+
+of the document. Prose stays, and a second run changes nothing. A bench without markers gets them at the document's end.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import time
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from tldist import plots
-from tldist_benchmarks import harness
-from tldist_benchmarks.harness import Measured, Series
+from tldist.config import UserError
+from tldist_benchmarks import engines, harness, kernels, loaders, results, scaling_view, strategies
+from tldist_benchmarks.results import Result, View
 
-TABLE_WIDTH = 132
-
-
-def print_tables(*tables: Table) -> None:
-    """To stdout."""
-    console = Console(width=max(Console().width, TABLE_WIDTH))  # a terminal may wrap lines; cut numbers tell nothing
-    for one in tables:
-        console.print(one)
-
-
-def table(title: str, first: str, columns: Sequence[str], caption: str | None = None) -> Table:
-    """Numbers to the right under `columns`, what they are of to the left under `first`."""
-    made = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    made.add_column(first, no_wrap=True)
-    for name in columns:
-        made.add_column(name, justify="right", no_wrap=True)
-    return made
+VIEWS: Mapping[str, Callable[[Result], View]] = {
+    "strategies": strategies.view,
+    "engines": engines.view,
+    "scaling": scaling_view.view,
+    "loaders": loaders.view,
+    "kernels": kernels.view,
+}
+"""By what stands in a CSV's column `bench`; in this order at the document's end."""
+END = "<!-- end of results -->"
 
 
-def ratio_table(compared: Mapping[str, Series], targets: Mapping[str, float]) -> Table:
-    """Medians of the rounds' ratios."""
-    made = table("ratios: medians of the rounds' ratios", "ratio", ("median", "p20..p80", "target (2 CPU cores)"))
-    for name, series in compared.items():
-        target = f"at least {targets[name]:g}" if name in targets else ""
-        made.add_row(name, shown(series.median), spread(series), target)
-    return made
+@dataclass(frozen=True)
+class Settings:
+    """The flags of `tldist bench report`."""
+
+    results: str = "benchmarks/results"
+    """Folder of the CSVs; charts are drawn beside them."""
+    document: str = "docs/benchmarks.md"
+    """What the tables are written into."""
 
 
-def spread(series: Series) -> str:
-    """'p20..p80'."""
-    return f"{shown(series.percentile(0.2))}..{shown(series.percentile(0.8))}"
+def render(folder: Path, document: Path) -> dict[str, str]:
+    """Each bench's part of the document: of every CSV the last run of each kind, newest files first.
 
-
-def shown(value: float | None) -> str:
-    """Three digits, none after the point from a hundred on and at most three there."""
-    if value is None:
-        return ""
-    if 0 < value < 0.001:
-        return "<0.001"
-    return f"{value:,.0f}" if value >= 100 else f"{float(f'{value:.3g}'):.3f}".rstrip("0").rstrip(".")
-
-
-def write(
-    name: str,
-    settings: Any,
-    environment: Mapping[str, Any],
-    measured: Measured,
-    rows: list[dict[str, Any]],
-    compared: Mapping[str, Series],
-    **constants: Any,
-) -> Path:
-    """`OUT/NAME-DATE.csv` and, where it is wanted, the JSON; returns the former's path.
-
-    `settings` are the bench's flags, `constants` what it measures with and no flag changes; with `environment` they
-    stand in every row.
+    The last run of a CSV is drawn. Raises UserError.
     """
-    flags = {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("json", "out", "data")}
-    same = {"bench": name.split("-")[0], **environment, **flags, **constants}
-    path = Path(settings.out) / f"{name}-{time.strftime('%Y-%m-%d')}.csv"
-    harness.append_csv(path, same, {**measured, "ratios": dict(compared)} if compared else measured)
-    if settings.json:
-        medians = {ratio: series.median for ratio, series in compared.items()}
-        told = {"environment": same, "rows": rows, "ratios": medians}
-        Path(settings.json).write_text(json.dumps(told, indent=1) + "\n")
-    print(f"rows: {path}")
-    return path
+    parts: dict[str, list[str]] = {}
+    for path in sorted(folder.glob("*.csv"), reverse=True):
+        runs = results.read_csv(path)
+        for result in results.latest(runs):
+            if result.bench not in VIEWS:
+                raise UserError(f"{path} is of a bench '{result.bench}' that has no view: {', '.join(VIEWS)} have")
+            parts.setdefault(result.bench, []).append(_part(result, path, document, draw=result is runs[-1]))
+    return {bench: "\n\n".join(found) for bench, found in parts.items()}
 
 
-def chart(title: str, values: Mapping[str, float], path: Path) -> None:
-    """Bars."""
-    figure = plots.bars(title, values, shown)
-    assert figure is not None
-    plots.png(figure, path)
-    print(f"chart: {path}")
+def _part(result: Result, path: Path, document: Path, draw: bool) -> str:
+    view, same = VIEWS[result.bench](result), result.same
+    ran = f"{same['started'].replace('T', ' ')}, {same['hardware']}, {same['cores']} cores, {same['threads']} threads"
+    versions = f"torch {same['torch']}, commit {str(same['commit'])[:8]}, {same['rounds']} rounds"
+    lines = [f"{ran}; {versions} ([rows]({_link(path, document)})).", *map(markdown, view.tables)]
+    if view.chart is not None and draw:
+        chart = path.with_suffix(".png")
+        plots.png(view.chart, chart)
+        width = plots.width_px(view.chart)
+        lines.append(f'<img src="{_link(chart, document)}" alt="{result.bench}: {path.stem}" width="{width}">')
+    return "\n\n".join(lines)
+
+
+def _link(path: Path, document: Path) -> str:
+    return Path(os.path.relpath(path, document.parent)).as_posix()
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, its title above and its caption below."""
+    cells = [[str(cell).replace("|", "\\|") for cell in column.cells] for column in table.columns]
+    heads = [str(column.header) for column in table.columns]
+    lines = [f"**{table.title}**", ""] if table.title else []
+    lines += [_line(heads), _line(["---" if i == 0 else "---:" for i in range(len(heads))])]
+    lines += [_line(row) for row in zip(*cells, strict=True)]
+    return "\n".join([*lines, "", f"{table.caption}."] if table.caption else lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def insert(text: str, bench: str, part: str) -> str:
+    """`text` with `part` between the bench's markers."""
+    begin = f"<!-- results of {bench} -->"
+    block = f"{begin}\n{part}\n{END}"
+    if begin not in text:
+        return f"{text.rstrip()}\n\n## {bench}: results\n{block}\n"
+    if not (found := re.search(f"{re.escape(begin)}.*?{re.escape(END)}", text, re.DOTALL)):
+        raise UserError(f"the document has '{begin}' without '{END}' after it: add that")
+    return text[: found.start()] + block + text[found.end() :]
+
+
+def run(settings: Settings) -> None:
+    """Write the document. Raises UserError."""
+    folder, document = Path(settings.results), Path(settings.document)
+    if not document.is_file():
+        raise UserError(f"there is no document {document}: name one with --document")
+    parts = render(folder, document)
+    if not parts:
+        raise UserError(f"there is no CSV in {folder}: run a bench first, or name its folder with --results")
+    text = before = document.read_text()
+    for bench in VIEWS:
+        if bench in parts:
+            text = insert(text, bench, parts[bench])
+    if text != before:
+        document.write_text(text)
+    print(f"{'written' if text != before else 'unchanged'}: {document} ({', '.join(parts)})")
+
+
+def bench(words: Sequence[str]) -> int:
+    """The command. Raises UserError."""
+    if {"-h", "--help"} & set(words):
+        print(f"{harness.usage(Settings, 'report')}\n\n{(__doc__ or '').strip()}")
+        return 0
+    run(harness.parse(words, Settings, "report"))
+    return 0
+
+
+if __name__ == "__main__":
+    harness.main(bench)

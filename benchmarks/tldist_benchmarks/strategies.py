@@ -9,48 +9,31 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch._dynamo
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from tldist import dist
-from tldist.config import (
-    CacheConfig,
-    CheckpointConfig,
-    DataConfig,
-    ModelConfig,
-    ModelName,
-    OptimConfig,
-    RunConfig,
-    StrategyConfig,
-    StrategyName,
-    TrackingConfig,
-    TrainConfig,
-    UserError,
-)
+from tldist import dist, plots
+from tldist.config import ModelName, StrategyName, UserError
 from tldist.engine.base import DTYPES
-from tldist.fit import FitResult, train_epoch
 from tldist.flops import count_flops
-from tldist.inputs import open_inputs, to_input
-from tldist.metrics import Window
-from tldist.phase import begin_phase
+from tldist.inputs import to_input
 from tldist.prefix import Prefix
-from tldist.run import Run
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness, report
+from tldist_benchmarks import harness, results
 from tldist_benchmarks.ceiling import Ceiling
 from tldist_benchmarks.harness import Measured, Series, Turn, show, synchronize
-from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING, PlainProcess, PlainSpec, plain_model
+from tldist_benchmarks.phase import HEAD, PARTIAL, Phase, Training, check_training
+from tldist_benchmarks.plain import PlainProcess, PlainSpec, plain_model
 from tldist_benchmarks.pool import CLASSES, Pool, build_run, draw_pool
-from tldist_benchmarks.report import shown
+from tldist_benchmarks.results import Result, View, shown
 
-HEAD, PARTIAL = 1, 2
-"""Stages that train, counted from the output: the head; the last stage of the trunk as well."""
 CACHED_STEPS = 32
 """Steps of an epoch from cached features of the whole trunk: enough of them to be measured, and to be filled."""
 EPOCHS = 10
@@ -105,12 +88,7 @@ class Settings:
 
     def validate(self) -> None:
         """Raise UserError for what cannot be measured."""
-        if self.batch_size < 2:
-            raise UserError("--batch-size is 1: BatchNorm in train mode needs 2 images or more")
-        if self.image_size < 32:
-            raise UserError(f"--image-size is {self.image_size}: the networks need 32 or more")
-        if self.model.startswith("vit") and self.image_size % 16:
-            raise UserError(f"--image-size {self.image_size} does not divide into 16-pixel patches: use a multiple")
+        check_training(self.model, self.image_size, self.batch_size)
         compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
         if self.compile == "on" and not any(map(shutil.which, compilers)):
             raise UserError("--compile on needs a C++ compiler, and there is none: install g++, or use --compile off")
@@ -123,48 +101,6 @@ class Variant:
     turn: Turn
     flops_per_image: float | None = None
     compile_s: float | None = None
-
-
-class Phase:
-    """A tldist strategy's first phase, kept alive, and stepped by the real loop."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.result = run, FitResult()
-        self.images = len(run.index.train)
-        self.live = begin_phase(run, 0, self.result.state)
-        if run.config.cache.views and not self.live.inputs.cached:
-            raise UserError(f"no room for cached features in {tempfile.gettempdir()}: name another folder by TMPDIR")
-        while not self.live.clock.phase.images:  # the clock leaves a phase's first steps out
-            self.epoch()
-
-    def epoch(self) -> tuple[Window, float]:
-        """One pass over the images: what the run's own clock counted, and the seconds of all of it."""
-        before, started = self.live.clock.phase, time.perf_counter()
-        train_epoch(self.run, self.live, self.result)  # ends by reading the loss: the device is done
-        wall_s, after = time.perf_counter() - started, self.live.clock.phase
-        self.result.state.epoch += 1
-        return Window(after.images - before.images, after.seconds - before.seconds), wall_s
-
-    def turn(self, epochs: int = 1) -> dict[str, float]:
-        """So many epochs of images in memory."""
-        passes = [self.epoch() for _ in range(epochs)]
-        window = sum((window for window, _ in passes), Window())
-        wall_s = sum(seconds for _, seconds in passes)
-        return {"images_per_s": window.images_per_s, "epoch_s_per_image": wall_s / (epochs * self.images)}
-
-    def cached_turn(self, epochs: int = 1) -> dict[str, float]:
-        """Fill the cache anew, then so many epochs from it."""
-        self.live.inputs.close()
-        frozen, _ = self.run.model.cut(self.run.plan.cut(0))
-        self.live.inputs = open_inputs(self.run, frozen, self.live.prefix)
-        fill_s = self.live.inputs.fill_s
-        return {"fill_s": fill_s, "fill_images_per_s": self.images / fill_s, **self.turn(epochs)}
-
-    def close(self) -> None:
-        """End it as the loop ends a phase."""
-        self.live.engine.close()
-        self.live.inputs.close()
-        self.run.saver.close()
 
 
 class Bench:
@@ -218,8 +154,9 @@ class Bench:
         show(f"building {name}")
         run_dir = self.folder / name
         run_dir.mkdir()
-        config = run_config(self.settings, strategy, cached, run_dir)
-        phase = Phase(build_run(config, self.pool, images or self.settings.images, self.device))
+        s = self.settings
+        training = Training(s.model, s.image_size, s.batch_size, s.precision, s.compile, strategy, cached)
+        phase = Phase(build_run(training.config(run_dir), self.pool, images or s.images, self.device))
         self.phases.append(phase)
         epochs = EPOCHS if name == "fe_cached" else 1
 
@@ -247,29 +184,6 @@ def _seconds(prefix: Prefix, x: torch.Tensor, steps: int, device: torch.device) 
         prefix(x)
     synchronize(device)
     return time.perf_counter() - started
-
-
-def run_config(settings: Settings, strategy: StrategyName, cached: bool, run_dir: Path) -> RunConfig:
-    """The same optimizer, loss and pictures as the plain loop's; a line of metrics at an epoch's end alone."""
-    return RunConfig(
-        recipe="bench",
-        run_dir=str(run_dir),
-        model=ModelConfig(name=settings.model, weights="none"),
-        strategy=StrategyConfig(name=strategy, trainable_stages=PARTIAL),
-        data=DataConfig(
-            root=str(run_dir),
-            batch_size=settings.batch_size,
-            image_size=settings.image_size,
-            augment="none",
-            loader="torchvision",
-            threads=1,
-        ),
-        optim=OptimConfig(schedule="constant", warmup_epochs=0.0, clip_norm=CLIP_NORM),
-        train=TrainConfig(precision=settings.precision, compile=settings.compile, label_smoothing=LABEL_SMOOTHING),
-        cache=CacheConfig(features="exact" if cached else "off"),
-        checkpoint=CheckpointConfig(minutes=0),
-        tracking=TrackingConfig(wandb="disabled", log_every=10**9),
-    )
 
 
 # What the rounds say
@@ -303,23 +217,24 @@ def _sum(one: Series, other: Series) -> Series:
     return Series(tuple(a + b for a, b in zip(one.values, other.values, strict=True)))
 
 
-def with_flops(measured: Measured, variants: dict[str, Variant]) -> Measured:
-    """The same, with the arithmetic done in a second wherever it is known what an image needs."""
-    return {
-        name: metrics
-        if (flops := variants[name].flops_per_image) is None
-        else {**metrics, "tflops_per_s": _times(metrics["images_per_s"], flops / 1e12)}
-        for name, metrics in measured.items()
-    }
+def with_work(measured: Measured, variants: dict[str, Variant]) -> Measured:
+    """The same, with the arithmetic done in a second where it is known what an image needs, and the compile time."""
+    found = {}
+    for name, metrics in measured.items():
+        flops, compile_s = variants[name].flops_per_image, variants[name].compile_s
+        more = {} if flops is None else {"tflops_per_s": _times(metrics["images_per_s"], flops / 1e12)}
+        more |= {} if compile_s is None else {"compile_s": Series((compile_s,))}
+        found[name] = metrics | more
+    return found
 
 
-def rows(measured: Measured, variants: dict[str, Variant]) -> list[dict[str, Any]]:
+def rows(measured: Measured) -> list[dict[str, Any]]:
     """One row a variant: medians over the rounds; None where a measurement has no meaning."""
     ceiling, lecture = measured["conv_ceiling"]["tflops_per_s"], measured["lecture_full"]["images_per_s"]
     found = []
     for name, metrics in measured.items():
-        rate, tflops, variant = metrics.get("images_per_s"), metrics["tflops_per_s"], variants[name]
-        flops = variant.flops_per_image
+        rate, tflops = metrics.get("images_per_s"), metrics["tflops_per_s"]
+        once = {key: metrics[key].median if key in metrics else None for key in ONCE}
         found.append(
             {
                 "bench": "strategies",
@@ -328,43 +243,52 @@ def rows(measured: Measured, variants: dict[str, Variant]) -> list[dict[str, Any
                 "images_per_s_p20": rate and rate.percentile(0.2),
                 "images_per_s_p80": rate and rate.percentile(0.8),
                 "times_lecture": rate and rate.over(lecture).median,
-                "gflops_per_image": flops and flops / 1e9,
+                "gflops_per_image": rate and tflops.over(rate).median * 1e3,
                 "tflops_per_s": tflops.median,
                 "mfu": tflops.over(ceiling).median,
-                "compile_s": variant.compile_s,
-                "fill_s": metrics["fill_s"].median if "fill_s" in metrics else None,
-                "fill_images_per_s": metrics["fill_images_per_s"].median if "fill_s" in metrics else None,
+                **once,
             }
         )
     return found
 
 
-# What is written
+ONCE = ("compile_s", "fill_s", "fill_images_per_s")
+"""Paid before the first step."""
 
 
-def variant_table(settings: Settings, found: list[dict[str, Any]]) -> Table:
+# What is shown
+
+
+def view(result: Result) -> View:
+    """Rates and ratios, and bars of what trains."""
+    found = rows(result.variants)
+    targets = TARGETS.get(result.same["model"], {})
+    tables = (variant_table(result.same, found), results.ratio_table(result.ratios, targets))
+    return View(tables, chart(str(result.same["model"]), found))
+
+
+def variant_table(same: Mapping[str, Any], found: list[dict[str, Any]]) -> Table:
     """Rates, arithmetic, and what was paid before the first step."""
-    s = settings
-    title = f"{s.model}, {s.image_size} px, batch {s.batch_size}, {s.precision}, compile {s.compile}: medians of rounds"
+    flags = "{model}, {image_size} px, batch {batch_size}, {precision}, compile {compile}".format_map(same)
     columns = ("images/s", "p20..p80", "x lecture", "GF/image", "TF/s", "MFU", "compile s", "fill s", "fill img/s")
-    table = report.table(title, "variant", columns, "MFU: share of conv_ceiling")
+    table = results.table(f"{flags}: medians of rounds", "variant", columns, "MFU: share of conv_ceiling")
     for row in found:
         spread = f"{shown(row['images_per_s_p20'])}..{shown(row['images_per_s_p80'])}" if row["images_per_s"] else ""
-        keys = ("times_lecture", "gflops_per_image", "tflops_per_s", "mfu", "compile_s", "fill_s", "fill_images_per_s")
+        keys = ("times_lecture", "gflops_per_image", "tflops_per_s", "mfu", *ONCE)
         table.add_row(row["variant"], shown(row["images_per_s"]), spread, *(shown(row[key]) for key in keys))
     return table
 
 
-def draw(settings: Settings, found: list[dict[str, Any]], path: Path) -> None:
-    """Bars of what trains; cached feature extraction would leave the others no width and is told in the title."""
+def chart(model: str, found: list[dict[str, Any]]) -> Figure | None:
+    """Cached feature extraction would leave the others no width and is told in the title."""
     speeds = {row["variant"]: row["times_lecture"] for row in found if row["times_lecture"] is not None}
     del speeds["prefix"]
     fastest = speeds.pop("fe_cached")
-    title = f"{settings.model}: images/s,\ntimes the lecture's loop\n(fe_cached: {fastest:,.0f})"
-    report.chart(title, speeds, path)
+    title = f"{model}: images/s,\ntimes the lecture's loop\n(fe_cached: {fastest:,.0f})"
+    return plots.bars(title, speeds, shown)
 
 
-def measure(settings: Settings, device: torch.device) -> tuple[Measured, list[dict[str, Any]]]:
+def measure(settings: Settings, device: torch.device) -> Measured:
     """All rounds of all variants."""
     if device.type == "cpu":
         keep_freed_memory()  # as a run's worker does
@@ -376,8 +300,8 @@ def measure(settings: Settings, device: torch.device) -> tuple[Measured, list[di
             measured = harness.take_turns(turns, settings.rounds, show)
         finally:
             bench.close()
-    measured = with_flops(measured, bench.variants)
-    return measured, rows(measured, bench.variants)
+    measured = with_work(measured, bench.variants)
+    return {**measured, results.RATIOS: ratios(measured)}
 
 
 def run(settings: Settings) -> None:
@@ -386,15 +310,11 @@ def run(settings: Settings) -> None:
     device = dist.local_device()
     # Where a model was compiled too often, torch would silently go on without: that must not be measured.
     with harness.worker_threads(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        measured, found = measure(settings, device)
-        compared = ratios(measured)
-        report.print_tables(
-            variant_table(settings, found), report.ratio_table(compared, TARGETS.get(settings.model, {}))
-        )
+        measured = measure(settings, device)
         used = {"optimizer": "adamw", "classes": CLASSES}
-        facts = harness.facts(device)
-        path = report.write(f"strategies-{settings.model}", settings, facts, measured, found, compared, **used)
-        draw(settings, found, path.with_suffix(".png"))
+        result, path = results.write(f"strategies-{settings.model}", settings, harness.facts(device), measured, **used)
+        results.write_json(settings.json, result, rows(result.variants))
+        results.show(view(result), path)
 
 
 def bench(words: Sequence[str]) -> int:

@@ -165,6 +165,30 @@ def take_flags(words: Sequence[str], known: Mapping[str, str]) -> tuple[dict[str
     return values, left
 
 
+def take_own(
+    words: Sequence[str], known: Mapping[str, str], switches: Sequence[str], command: str
+) -> tuple[dict[str, str], set[str], list[str]]:
+    """A command that takes nothing but its own flags: (the values of `known`, the `switches` that were given, and what
+    is no flag). Behind `--` nothing is a flag."""
+    words = list(words)
+    end = words.index("--") if "--" in words else len(words)
+    values, rest = take_flags(words[:end], known)
+    given = {word for word in rest if word in switches}
+    if wrong := [word for word in rest if word.startswith("-") and word not in switches]:
+        flags = [*known, *switches]
+        hint = nearest(wrong[0].partition("=")[0], flags)
+        raise UserError(f"tldist {command} has no flag {wrong[0]}{hint}: it takes {', '.join(flags)}")
+    return values, given, [word for word in rest if word not in switches] + words[end + 1 :]
+
+
+def at_least(flag: str, value: str, low: int) -> int:
+    """The flag's value, or UserError."""
+    number = as_number(flag, value, int)
+    if number < low:
+        raise UserError(f"{flag} is {number}: give {low} or more")
+    return number
+
+
 def parse_flags(words: Sequence[str], known: dict[str, str], command: str) -> dict[str, str]:
     """`--flag VALUE` pairs of the small commands, over their defaults."""
     values, rest = dict(known), list(words)

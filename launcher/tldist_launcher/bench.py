@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from tldist.config import UserError, nearest
@@ -10,7 +11,9 @@ from tldist.config import UserError, nearest
 def bench_command(words: Sequence[str]) -> int:
     """`NAME [--flag VALUE ...]`. Raises UserError."""
     if words and words[0] in {"-h", "--help"}:
-        print(f"usage: tldist bench {' | '.join(BENCHES)} [--flag VALUE ...]\n\n--help after a name lists its flags.")
+        names = " | ".join(name for name in BENCHES if name != "compare")
+        print(f"usage: tldist bench {names} [--flag VALUE ...]\n       tldist bench compare A B [--flag VALUE ...]\n")
+        print("--help after a name lists its flags.")
         return 0
     if not words or words[0] not in BENCHES:
         given = words[0] if words else ""
@@ -34,8 +37,7 @@ def _strategies(words: Sequence[str]) -> int:
 def _kernels(words: Sequence[str]) -> int:
     from tldist_benchmarks import kernels
 
-    kernels.main(words)
-    return 0
+    return kernels.bench(words)
 
 
 def _engines(words: Sequence[str]) -> int:
@@ -50,9 +52,31 @@ def _loaders(words: Sequence[str]) -> int:
     return loaders.bench(words)
 
 
+def _scaling(words: Sequence[str]) -> int:
+    from tldist_benchmarks import scaling
+    from tldist_launcher.bench_nodes import on_ray
+
+    return scaling.bench(words, on_ray if os.environ.get("RAY_ADDRESS") else None)
+
+
+def _report(words: Sequence[str]) -> int:
+    from tldist_benchmarks import report
+
+    return report.bench(words)
+
+
+def _compare(words: Sequence[str]) -> int:
+    from tldist_benchmarks import compare
+
+    return compare.bench(words)
+
+
 BENCHES: dict[str, Callable[[Sequence[str]], int]] = {
     "strategies": _strategies,
-    "kernels": _kernels,
     "engines": _engines,
+    "scaling": _scaling,
     "loaders": _loaders,
+    "kernels": _kernels,
+    "report": _report,
+    "compare": _compare,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ Command = Callable[[Sequence[str]], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0 done, 1 the run failed, 2 a mistake in what was asked, 75 stopped by a signal and saved: start it again with
+    0 done, 1 the run failed (of predict: some files could not be read; of export: the file did not compute the same),
+    2 a mistake in what was asked, 75 stopped by a signal and saved: start it again with
     --resume (EX_TEMPFAIL of sysexits.h), 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -59,13 +61,11 @@ def _help() -> str:
 
 
 def _details(name: str) -> str:
-    if name == "data":
-        from tldist_launcher.data import HELP
-    elif name == "submit":
-        from tldist_launcher.slurm import HELP
-    else:
+    """What else a command's room has to say of it."""
+    if name not in ("data", "evaluate", "export", "predict", "submit"):
         return ""
-    return f"\n\n{HELP}"
+    room = "slurm" if name == "submit" else name
+    return f"\n\n{importlib.import_module(f'tldist_launcher.{room}').HELP}"
 
 
 def _train(words: Sequence[str]) -> int:
@@ -135,6 +135,24 @@ def _data(words: Sequence[str]) -> int:
     return commands[words[0]](words[1:])
 
 
+def _evaluate(words: Sequence[str]) -> int:
+    from tldist_launcher.evaluate import evaluate_command
+
+    return evaluate_command(words)
+
+
+def _export(words: Sequence[str]) -> int:
+    from tldist_launcher.export import export_command
+
+    return export_command(words)
+
+
+def _predict(words: Sequence[str]) -> int:
+    from tldist_launcher.predict import predict_command
+
+    return predict_command(words)
+
+
 def _bench(words: Sequence[str]) -> int:
     from tldist_launcher.bench import bench_command
 
@@ -186,10 +204,25 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "data fetch NAME --root DIR | check | preview ROOT | shard ROOT OUT",
         "write a data set, look through or at one, or pack it into tar shards",
     ),
+    "evaluate": (
+        _evaluate,
+        "evaluate RUN [--data.root OTHER] [--json]",
+        "top-1, top-5, each class, calibration of a finished run",
+    ),
+    "export": (
+        _export,
+        "export RUN --format onnx|torch_export [--out FILE]",
+        "the best model as a file, proven on real images",
+    ),
+    "predict": (
+        _predict,
+        "predict RUN|FILE PATH... [--top 3] [--json|--csv]",
+        "classes of images, with calibrated confidences",
+    ),
     "bench": (
         _bench,
-        "bench strategies | loaders | kernels | engines [--flag VALUE ...]",
-        "measure this machine; rows and a chart to files",
+        "bench strategies | engines | scaling | loaders | kernels [...]",
+        "measure; bench report: into the docs; bench compare A B: tell a change from noise",
     ),
     "sync": (
         _sync,

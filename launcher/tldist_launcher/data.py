@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +17,8 @@ from tldist.data.presets import augment_spec
 from tldist.data.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_folders, write_shards
 from tldist.data.shards import check_bytes, is_shards
 from tldist.preview import IMAGES, contact_sheet
-from tldist_launcher.arguments import as_number, parse_flags, parse_run, take_flags
+from tldist_launcher.arguments import at_least, parse_flags, parse_run, take_flags
+from tldist_launcher.progress import bar
 
 
 def fetch_command(words: Sequence[str]) -> int:
@@ -49,10 +49,10 @@ def check_command(words: Sequence[str]) -> int:
     """`check ROOT`: what training would see, and every file it would skip."""
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError("name one folder: tldist data check ROOT")
-    with _bar("looking at images") as progress:
+    with bar("looking at images") as progress:
         index = build_index(Path(words[0]).expanduser(), progress=progress)
     if is_shards(index.root):
-        with _bar("comparing checksums") as progress:
+        with bar("comparing checksums") as progress:
             check_bytes(index.root, progress)
     _print_index(index)
     return 0
@@ -67,13 +67,13 @@ def shard_command(words: Sequence[str]) -> int:
         raise UserError(f"tldist data shard has no flag {unknown[0]}{hint}: it takes {', '.join(known)}")
     if len(folders) != 2:
         raise UserError("name two folders, of the images and for the shards: tldist data shard ROOT OUT")
-    size, per_shard, seed = (_at_least(flag, flags[flag], low) for flag, low in zip(known, (0, 1, 0), strict=True))
+    size, per_shard, seed = (at_least(flag, flags[flag], low) for flag, low in zip(known, (0, 1, 0), strict=True))
     root, out = (Path(folder).expanduser() for folder in folders)
     check_folders(root, out)  # before every image is looked at
-    with _bar("looking at images") as progress:
+    with bar("looking at images") as progress:
         index = build_index(root, progress=progress)
     _print_skipped(index)
-    with _bar("writing shards") as progress:
+    with bar("writing shards") as progress:
         written = write_shards(index, out, size, per_shard, seed, progress)
     before, after = written.bytes_before / 2**30, written.bytes_after / 2**30
     print(f"{out}: {written.images:,} images in {written.shards:,} shards, {after:.3f} GiB ({before:.3f} GiB before)")
@@ -91,29 +91,13 @@ def preview_command(words: Sequence[str]) -> int:
     data, out = settings.data, Path(own["--out"]).expanduser()
     if not out.parent.is_dir() or out.suffix.lower() not in (".jpg", ".png"):
         raise UserError(f"--out {out} must be a .jpg or .png file in a folder that exists")
-    with _bar("looking at images") as progress:
+    with bar("looking at images") as progress:
         index = build_index(root, data.classes, progress)
     loader = open_loader(data, augment_spec(data.augment), IMAGES, torch.device("cpu"))
     contact_sheet(data, index, settings.seed, loader, IMAGES).save(out)
     loader.close()
     print(f"preview: {out}")
     return 0
-
-
-def _at_least(flag: str, value: str, low: int) -> int:
-    number = as_number(flag, value, int)
-    if number < low:
-        raise UserError(f"{flag} is {number}: give {low} or more")
-    return number
-
-
-@contextlib.contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal; gives the function that moves it to (done, in all)."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _print_index(index: Index) -> None:

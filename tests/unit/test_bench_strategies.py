@@ -21,11 +21,13 @@ from PIL import Image
 from tldist import dist
 from tldist import features as feature_cache
 from tldist.config import UserError
-from tldist_benchmarks import ceiling, harness, strategies
+from tldist_benchmarks import ceiling, harness, results, strategies
 from tldist_benchmarks.harness import Series
+from tldist_benchmarks.phase import HEAD, PARTIAL, Phase, Training
 from tldist_benchmarks.plain import PlainLoop, plain_model
 from tldist_benchmarks.pool import build_run, draw_pool
-from tldist_benchmarks.strategies import HEAD, PARTIAL, Phase, Settings, run_config
+from tldist_benchmarks.results import Result
+from tldist_benchmarks.strategies import Settings
 from tldist_launcher.cli import main
 
 BASELINES = ["lecture_full", "frozen_fp32", "requires_grad_only_partial", "requires_grad_only_fe"]
@@ -45,6 +47,7 @@ RATIOS = [
 ]
 ROUNDS, STEPS, BATCH = 2, 2, 4
 TINY = Settings(model="resnet18", image_size=32, batch_size=BATCH, rounds=ROUNDS, steps=STEPS, compile="off")
+TRAINING = Training("resnet18", 32, BATCH, "bf16", "off")
 FLAGS = [
     "--model", "resnet18", "--image-size=32", "--batch-size", str(BATCH), "--rounds", str(ROUNDS),
     "--steps", str(STEPS), "--compile", "off",
@@ -184,7 +187,7 @@ def test_the_chart_and_the_tables(outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "needs a name: strategies or kernels"),
+        ([], "needs a name: strategies or engines"),
         (["strategy"], "did you mean 'strategies'?"),
         (["strategies", "--round", "3"], "no flag --round (did you mean '--rounds'?)"),
         (["strategies", "--model", "resnet19"], "did you mean 'resnet18'?"),
@@ -232,7 +235,7 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--batch-size 16" in text
     assert "--json JSON" in text
     assert main(["bench", "--help"]) == 0
-    assert "strategies | kernels" in capsys.readouterr().out
+    assert "strategies | engines | scaling" in capsys.readouterr().out
 
 
 def test_turns_are_interleaved_and_the_warm_up_is_dropped() -> None:
@@ -257,17 +260,39 @@ def test_a_series_takes_ratios_within_rounds() -> None:
     assert (ratio.median, ratio.percentile(0.2), ratio.percentile(0.8)) == (2.0, 1.0, 4.0)
 
 
+def appended(folder: Path, **same: str) -> Path:
+    return results.append_csv(folder, "rows", Result(same, {"full": {"rate": Series((1.0, 2.0))}}))
+
+
 def test_a_second_run_is_appended(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    for started in ("one", "two"):
-        harness.append_csv(path, {"started": started}, {"full": {"rate": Series((1.0, 2.0))}})
-    assert path.read_text().splitlines() == [
+    assert appended(tmp_path, started="one") == appended(tmp_path, started="two") == tmp_path / "rows.csv"
+    assert (tmp_path / "rows.csv").read_text().splitlines() == [
         "started,variant,metric,round,value",
         "one,full,rate,1,1",
         "one,full,rate,2,2",
         "two,full,rate,1,1",
         "two,full,rate,2,2",
     ]
+
+
+def test_rows_with_other_columns_get_a_file_of_their_own(tmp_path: Path) -> None:
+    appended(tmp_path, started="one")
+    assert appended(tmp_path, started="two", more="x") == tmp_path / "rows-2.csv"
+    assert appended(tmp_path, started="three") == tmp_path / "rows.csv"
+    assert appended(tmp_path, started="four", more="y") == tmp_path / "rows-2.csv"
+    assert (tmp_path / "rows.csv").read_text().count("\n") == 5
+
+
+def test_a_pool_shows_its_images_again_where_a_run_has_more(tmp_path: Path) -> None:
+    pool = draw_pool(BATCH, 32, torch.device("cpu"))
+    run = build_run(TRAINING.config(tmp_path), pool, 3 * BATCH, torch.device("cpu"))
+    phase = Phase(run)
+    batches = list(phase.live.inputs.train(0))
+    assert sum(len(batch.labels_N) for batch in batches) == 3 * BATCH == len(run.index.train)
+    for batch in batches:
+        assert torch.equal(batch.labels_N, pool.labels_N[torch.from_numpy(batch.ids_N % BATCH)])
+        assert [run.index.train.labels_N[i] for i in batch.ids_N] == batch.labels_N.tolist()
+    phase.close()
 
 
 @pytest.mark.parametrize(("stages", "starts"), [(HEAD, ("fc.",)), (PARTIAL, ("layer4.", "fc.")), (10**6, ("",))])
@@ -284,7 +309,7 @@ def test_the_plain_model_freezes_by_requires_grad_alone(stages: int, starts: tup
 
 def test_the_phase_and_the_plain_loop_see_the_same_pixels(tmp_path: Path) -> None:
     pool = draw_pool(2 * BATCH, 32, torch.device("cpu"))
-    run = build_run(run_config(TINY, "full", False, tmp_path), pool, 2 * BATCH, torch.device("cpu"))
+    run = build_run(TRAINING.config(tmp_path), pool, 2 * BATCH, torch.device("cpu"))
     phase = Phase(replace(run, numbers=replace(run.numbers, dtype=torch.float32)))
     plain = torch.cat([images for images, _ in pool.batches(2, BATCH, torch.contiguous_format)])
     seen = 0
@@ -299,6 +324,8 @@ def test_the_phase_and_the_plain_loop_see_the_same_pixels(tmp_path: Path) -> Non
 def test_features_that_find_no_room_stop_the_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_cache, "room_for", lambda folder, gib: 0)
     pool = draw_pool(BATCH, 32, torch.device("cpu"))
-    run = build_run(run_config(TINY, "feature_extraction", True, tmp_path), pool, BATCH, torch.device("cpu"))
+    run = build_run(
+        replace(TRAINING, strategy="feature_extraction", cached=True).config(tmp_path), pool, BATCH, torch.device("cpu")
+    )
     with pytest.raises(UserError, match="no room for cached features"):
         Phase(run)

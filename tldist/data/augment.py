@@ -95,7 +95,7 @@ def draw_views(
     n = len(ids_N)
     u = uniforms(seed, epoch, ids_N, _POLICY + 3 * spec.policy_ops)
     if spec.crop_area is None:
-        box, resize, crop = _evaluation_crop(sizes_N2, image_size)
+        box, resize, crop = evaluation_crop(sizes_N2, image_size)
     else:
         box = random_boxes(sizes_N2, u[:, _CROP : _CROP + 22], spec.crop_area, spec.crop_ratio)
         resize, crop = np.full((n, 2), image_size), np.zeros((n, 2))
@@ -132,16 +132,21 @@ def _around_one(u_N: np.ndarray, spread: float) -> np.ndarray:
     return (1 + spread * (2 * u_N - 1)).astype(np.float32)
 
 
-def _evaluation_crop(sizes_N2: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def evaluation_crop(sizes_N2: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Whole image, short side to 256/224 of the crop, centre square: torchvision's Resize and CenterCrop."""
     resize = evaluation_sizes(sizes_N2, image_size)
     box = np.concatenate([np.zeros_like(sizes_N2), sizes_N2], axis=1)
     return box, resize, np.round((resize - image_size) / 2)
 
 
+def short_side(image_size: int) -> int:
+    """Pixels to which evaluation resizes an image's short side."""
+    return round(image_size * RESIZE_RATIO)
+
+
 def evaluation_sizes(sizes_N2: np.ndarray, image_size: int) -> np.ndarray:
     """(height, width) that evaluation resizes whole images to; for one that has such a size already, its own."""
-    short = round(image_size * RESIZE_RATIO)
+    short = short_side(image_size)
     scale = short / sizes_N2.min(axis=1, keepdims=True)
     return np.maximum(np.floor(sizes_N2 * scale + 1e-9), short).astype(np.int64)
 

@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions())
 _VERSION = 1  # of the file that `save_index` writes
 _LAYOUT = "train/CLASS/*.jpg and val/CLASS/*.jpg"
-_CLUTTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini"})  # what Windows hides without a leading dot
+CLUTTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini"})  # what Windows hides without a leading dot
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +415,7 @@ def _stray(entry: os.DirEntry[str]) -> str:
 
 
 def _hidden(entry: os.DirEntry[str]) -> str:
-    if entry.name.startswith(".") or entry.name in _CLUTTER:
+    if entry.name.startswith(".") or entry.name in CLUTTER:
         return "hidden folder" if entry.is_dir() else "hidden file"
     return ""
 

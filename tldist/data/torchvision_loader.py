@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from tldist.data.augment import Views
+from tldist.data.augment import Views, evaluation_crop
 from tldist.data.bad_images import BadImages
 from tldist.data.batches import BatchPlan
 from tldist.data.decode import read_box
@@ -112,6 +113,19 @@ def show(crop_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
         fill = torch.tensor(ERASED, dtype=torch.uint8)[:, None, None]
         image = v2.erase(image, *view.erase_N4[0].tolist(), v=fill)
     return image
+
+
+def evaluation_resized(image_CHW: Tensor, size: int) -> Tensor:
+    """A whole image, resized as evaluation does for a square of `size`."""
+    _, resize_N2, _ = evaluation_crop(np.array([image_CHW.shape[1:]]), size)
+    return resized(image_CHW, resize_N2[0].tolist())
+
+
+def evaluation_square(image_CHW: Tensor, size: int) -> Tensor:
+    """As `show` shows it in evaluation, for an image of which nothing was known: uint8 (3, size, size)."""
+    _, _, crop_N2 = evaluation_crop(np.array([image_CHW.shape[1:]]), size)
+    top, left = crop_N2[0].astype(int).tolist()
+    return v2.crop(evaluation_resized(image_CHW, size), top, left, size, size)
 
 
 def resized(image_CHW: Tensor, size: list[int]) -> Tensor:

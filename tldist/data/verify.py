@@ -90,6 +90,17 @@ def verify(path: str, data: bytes | None = None) -> Verdict:
         return _in_words(error)
 
 
+def refusal(path: str) -> str:
+    """Why `verify` would refuse a file, as far as its header tells; empty where it is to be decoded."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return _refusal(image)
+    except UnidentifiedImageError:
+        return _unidentified(path, None)
+    except Exception as error:
+        return _in_words(error)
+
+
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8, as DALI reads it.
 

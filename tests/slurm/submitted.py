@@ -112,7 +112,7 @@ class Submitted:
 
     def log(self) -> str:
         """What its jobs printed."""
-        return "".join(path.read_text() for path in sorted((self.run_dir / "logs").glob("*.log")))
+        return "".join(path.read_text() for path in sorted((self.run_dir / "logs").glob("slurm-*.log")))
 
     def weights(self) -> bytes:
         """Of the last checkpoint."""

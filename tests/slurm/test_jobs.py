@@ -60,7 +60,7 @@ def watched(slurm: Cluster) -> Watched:
     follower = run.follow()
     with run.held(1):
         strangers = [_knock(run, token) for token in ("", "f" * 64, _token_of(run))]
-    run.until(lambda: "run: " in run.log(), "its end")
+    run.until(lambda: f"run: {run.run_dir}" in run.log(), "its last line")
     seconds_to_stop = run.until_clean(60)
     assert run.until_over() == "COMPLETED", run.log()
     followed, _ = follower.communicate(timeout=60)

@@ -138,7 +138,11 @@ class Cluster:
     def run(self, *words: str, node: str = "", check: bool = True, seconds: float = 60) -> str:
         """What a command prints, here or on a node."""
         if node:
-            inside = next(pid for pid, title in self.processes(node).items() if title.startswith("bash -c hostname"))
+            inside = next(
+                pid
+                for pid, title in self.processes(node).items()
+                if title.startswith(("bash -c hostname", "sleep inf"))
+            )
             words = ("nsenter", f"--target={inside}", "--net", "--mount", "--uts", "--pid", *words)
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=seconds)
         assert not check or done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist_kernels",),
     ("tldist.config",),
+    ("tldist.transfer_gain",),
     ("tldist.dist", "tldist.hang"),
     ("tldist.watchdog",),
     ("tldist.backbones", "tldist.plan"),
@@ -27,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.phase", "tldist.preview", "tldist.report", "tldist.mirror"),
     ("tldist.fit",),
     ("tldist.worker", "tldist.forgetting"),
-    ("tldist.find_lr",),
+    ("tldist.find_lr", "tldist.transfer_score"),
     ("tldist_benchmarks",),
     ("tldist_launcher",),
 )

@@ -24,7 +24,7 @@ from tldist.data.index import Index, Split, load_index
 from tldist.data.loader import Batch, open_loader
 from tldist.data.presets import AugmentSpec
 from tldist.engine.base import numerics
-from tldist.evaluate import evaluate
+from tldist.evaluate import Evaluation, evaluate
 from tldist.inputs import to_input
 
 
@@ -49,8 +49,8 @@ class Task:
         finally:
             loader.close()
 
-    def top1(self, model: StagedModel) -> float:
-        """The share of the task's validation images that a network, in eval mode, gets right."""
+    def evaluate(self, model: StagedModel) -> Evaluation:
+        """What a network, in eval mode, makes of the task's validation images."""
         numbers = numerics("fp32", next(model.parameters()).device)
         shown: dict[int, Tensor] = {}
 
@@ -62,7 +62,7 @@ class Task:
                 shown[id(batch)] = images_NCHW
                 yield batch
 
-        return evaluate(logits, batches(), len(self.index.val), numbers).top1
+        return evaluate(logits, batches(), len(self.index.val), numbers)
 
 
 def read_task(place: Path, device: torch.device) -> Task:
@@ -151,7 +151,7 @@ class Kept:
 def kept(later: Path, earlier: Path, device: torch.device) -> Kept:
     """What the network of `later` still knows of `earlier`. Raises UserError where the backbones differ."""
     task = read_task(earlier, device)
-    then = task.top1(task.model)
+    then = task.evaluate(task.model).top1
     weights = checkpoint.read_weights(fisher.of(later))
     own = task.model.torchvision_state()
     for ours, theirs in task.model.torchvision_names.items():
@@ -161,7 +161,7 @@ def kept(later: Path, earlier: Path, device: torch.device) -> Kept:
             raise UserError(f"{later} and {earlier} are runs of different backbones: '{theirs}' does not fit")
         own[theirs] = weights[theirs]
     task.model.load_torchvision_state(own)
-    return Kept(str(earlier), len(task.index.val), then, task.top1(task.model))
+    return Kept(str(earlier), len(task.index.val), then, task.evaluate(task.model).top1)
 
 
 def settings_for(place: Path, workers: str) -> RunConfig:

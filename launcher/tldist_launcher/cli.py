@@ -103,6 +103,18 @@ def _forgetting(words: Sequence[str]) -> int:
     return forgetting_command(words)
 
 
+def _transfer_score(words: Sequence[str]) -> int:
+    from tldist_launcher.transfer import score_command
+
+    return score_command(words)
+
+
+def _transfer_gain(words: Sequence[str]) -> int:
+    from tldist_launcher.transfer import gain_command
+
+    return gain_command(words)
+
+
 def _demo(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_flags
     from tldist_launcher.demo import demo
@@ -164,6 +176,16 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _find_lr,
         "find-lr RECIPE [--section.flag VALUE ...]",
         "suggest a rate; also --steps, --lowest, --highest, --json, --plot",
+    ),
+    "transfer-score": (
+        _transfer_score,
+        "transfer-score RECIPE --models NAME[:WEIGHTS],... [--flag ...]",
+        "rank source models for the recipe's images; also --json FILE",
+    ),
+    "transfer-gain": (
+        _transfer_gain,
+        "transfer-gain RECIPE [--seeds N] [--section.flag ...]",
+        "fine-tuned against scratch: helps, no difference, or hurts",
     ),
     "fisher": (
         _fisher,

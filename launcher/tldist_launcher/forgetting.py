@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tldist import dist, fisher, forgetting
+from tldist import control, dist, fisher, forgetting
 from tldist.config import RunConfig, TrainingFailed, UserError, nearest
 from tldist.forgetting import FisherJob, Kept
 from tldist.rules import validate
+from tldist.watchdog import forget
 from tldist_launcher.arguments import as_number, take_flags
 from tldist_launcher.launch import launch_kind, only_one
 
@@ -37,6 +38,8 @@ def fisher_command(words: Sequence[str]) -> int:
     started = time.perf_counter()
     (Path(settings.run_dir) / "logs").mkdir(exist_ok=True)
     with only_one(Path(settings.run_dir)):
+        control.forget_stop(Path(settings.run_dir))  # that ended the training is no order to this
+        forget(Path(settings.run_dir))
         _compute(settings, FisherJob(str(found), own["--labels"], images))  # type: ignore[arg-type]
     _show_shares(place, found, time.perf_counter() - started)
     return 0

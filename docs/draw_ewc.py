@@ -1,10 +1,10 @@
 """Draw docs/images/ewc.png and print its table: what is left of the digits 0-4 after 5-9 were learnt.
 
-    python docs/draw_ewc.py RUNS_FOLDER
+    python docs/draw_ewc.py RUNS_FOLDER [SEEDS]
 
-ResNet-18 learns 0-4 from scratch; from there all of it is trained on 5-9, freely, under L2-SP and under EWC, at several
-strengths, with BatchNorm's statistics kept. Each task has its own head: 0-4 are counted with theirs on the new trunk.
-Runs that are there already are not repeated.
+ResNet-18 learns 0-4 from scratch; from there all of it is trained on 5-9 (60 images per class), freely, under L2-SP and
+under EWC, at several strengths, with BatchNorm's statistics kept. Each task has its own head: 0-4 are counted with
+theirs on the new trunk. Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import matplotlib.pyplot as plt
 from tldist import dist, fisher, forgetting
 from tldist.config import OptimConfig, RunConfig
 from tldist.data.datasets import fetch
-from tldist.recipes.demo import SOURCE_CLASSES, TARGET_CLASSES, demo_source
+from tldist.recipes.demo import TARGET_CLASSES, demo_source
 from tldist_launcher.forgetting import fisher_command
-from tldist_launcher.launch import launch
+from tldist_launcher.transfer import at_its_end
 
-SEEDS = (0, 1)
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "free": (0.0,),
     "l2_sp": (0.01, 0.1, 1.0, 10.0),
@@ -32,49 +31,43 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
 }
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seeds: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     root = fetch("digits", folder / "digits")
     rows: list[dict[str, Any]] = []
-    for seed in SEEDS:
+    for seed in range(seeds):
         base = replace(demo_source(), seed=seed, data=replace(demo_source().data, root=str(root)))
-        source = done(replace(base, data=replace(base.data, classes=SOURCE_CLASSES)), folder / f"source-{seed}")
+        source = at_its_end(replace(base, run_dir=str(folder / f"source-{seed}")))
         if not (fisher.of(source) / fisher.FILE).exists():
-            fisher_command([str(source)])
+            fisher_command([str(source), "--images", "300"])
         for method, strengths in STRENGTHS.items():
             for strength in strengths:
-                run_dir = done(target(base, source, method, strength), folder / f"{method}-{strength:g}-{seed}")
+                run_dir = at_its_end(target(base, source, method, strength, folder / f"{method}-{strength:g}-{seed}"))
                 rows.append({"method": method, "strength": strength, "seed": seed, **measured(run_dir, source)})
                 print(rows[-1], flush=True)
-        moving = target(base, source, "ewc", 1e6)
+        moving = target(base, source, "ewc", 1e6, folder / f"moving-{seed}")
         moving = replace(moving, train=replace(moving.train, batchnorm="train"))
-        run_dir = done(moving, folder / f"moving-{seed}")
+        run_dir = at_its_end(moving)
         rows.append({"method": "ewc, statistics move", "strength": 1e6, "seed": seed, **measured(run_dir, source)})
         print(rows[-1], flush=True)
         (folder / "rows.json").write_text(json.dumps(rows, indent=1))
         draw(rows, Path(__file__).parent / "images" / "ewc.png")
 
 
-def target(base: RunConfig, source: Path, method: str, strength: float) -> RunConfig:
+def target(base: RunConfig, source: Path, method: str, strength: float, run_dir: Path) -> RunConfig:
     """5-9 from the source's weights, all of the network at one rate."""
     tasks = (str(source),) if method == "ewc" else ()
     held = {} if method == "free" else {method: strength}
     return replace(
         base,
         recipe="digits",
+        run_dir=str(run_dir),
         strategy=replace(base.strategy, name="full", backbone_lr=1.0),
         model=replace(base.model, weights=str(source)),
-        data=replace(base.data, classes=TARGET_CLASSES),
+        data=replace(base.data, classes=TARGET_CLASSES, train_images_per_class=60),
         optim=OptimConfig(base_lr=1e-3, ewc_from=tasks, **held),
         train=replace(base.train, batchnorm="eval"),
     )
-
-
-def done(settings: RunConfig, run_dir: Path) -> Path:
-    """The run, unless it is there."""
-    if not (run_dir / "summary.json").exists():
-        launch(replace(settings, run_dir=str(run_dir)), quiet=True)
-    return run_dir
 
 
 def measured(run_dir: Path, source: Path) -> dict[str, float]:
@@ -110,4 +103,4 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).absolute(), int(sys.argv[2]) if len(sys.argv) > 2 else 3)

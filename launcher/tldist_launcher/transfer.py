@@ -98,7 +98,7 @@ def gain_command(words: Sequence[str]) -> int:
     preflight(runs["fine-tuned", settings.seed])
     right: dict[tuple[Arm, int], np.ndarray] = {}
     for key in track(runs, "runs", transient=True, console=_progress()):
-        right[key] = _right(_done(runs[key]))
+        right[key] = _right(at_its_end(runs[key]))
     found = gain(*pairs(right, seeds))
     _write(folder, settings, right, found)
     _show_gain(settings, seeds, right, found)
@@ -119,7 +119,7 @@ def _told(made: RunConfig) -> dict[str, Any]:
     return {name: part for name, part in told.items() if name not in ("run_dir", "launch", "tracking", "checkpoint")}
 
 
-def _done(made: RunConfig) -> Path:
+def at_its_end(made: RunConfig) -> Path:
     """The run's directory once it has reached its end: now, or in an earlier call."""
     run_dir = Path(made.run_dir)
     if (run_dir / "summary.json").exists():

@@ -55,25 +55,32 @@ _TINY = 1e-12
 
 
 def _evidence(u_NR: np.ndarray, sigma_R: np.ndarray, dimensions: int, y_N: np.ndarray, most: int = 500) -> float:
-    """max over alpha, beta of log p(y | F) / n; sigma: squared singular values of F."""
-    n = len(y_N)
-    z2_R = (u_NR.T @ y_N) ** 2
+    """max over alpha, beta of log p(y | F) / n; sigma: squared singular values of F.
+
+    Features that fit every label (no fewer dimensions than images) may let beta grow without end; the evidence does
+    not, and the iteration ends where another step would no longer change it.
+    """
+    n, z2_R = len(y_N), (u_NR.T @ y_N) ** 2
     outside = max(float(y_N @ y_N - z2_R.sum()), 0.0)  # of y, what no direction of F reaches
     alpha = beta = 1.0
     for _ in range(most):
-        ratio, before = alpha / beta, (alpha, beta)
+        ratio = max(alpha / beta, _TINY * float(sigma_R.max()))
+        m2, residual = _fit(sigma_R, z2_R, outside, ratio)
         gamma = float((sigma_R / (sigma_R + ratio)).sum())
-        m2 = float((sigma_R * z2_R / (sigma_R + ratio) ** 2).sum())
-        residual = float((z2_R / (1 + sigma_R / ratio) ** 2).sum()) + outside
-        alpha, beta = gamma / max(m2, _TINY), (n - gamma) / max(residual, _TINY)
-        if abs(alpha / before[0] - 1) + abs(beta / before[1] - 1) < 1e-8:
+        rest = n - len(sigma_R) + float((ratio / (sigma_R + ratio)).sum())  # n - gamma, which would cancel
+        before, alpha, beta = ratio, gamma / max(m2, _TINY), rest / max(residual, _TINY)
+        if abs(alpha / beta / before - 1) < 1e-8:
             break
-    ratio = alpha / beta
-    m2 = float((sigma_R * z2_R / (sigma_R + ratio) ** 2).sum())
-    residual = float((z2_R / (1 + sigma_R / ratio) ** 2).sum()) + outside
+    m2, residual = _fit(sigma_R, z2_R, outside, alpha / beta)
     log_det = float(np.log(alpha + beta * sigma_R).sum()) + (dimensions - len(sigma_R)) * np.log(alpha)
     value = n * np.log(beta) + dimensions * np.log(alpha) - n * np.log(2 * np.pi)
     return float(0.5 * (value - beta * residual - alpha * m2 - log_det) / n)
+
+
+def _fit(sigma_R: np.ndarray, z2_R: np.ndarray, outside: float, ratio: float) -> tuple[float, float]:
+    """|m|^2 and |F m - y|^2 of the posterior's mean m; ratio: alpha / beta."""
+    spread2_R = (sigma_R + ratio) ** 2
+    return float((sigma_R * z2_R / spread2_R).sum()), float((z2_R * ratio**2 / spread2_R).sum()) + outside
 
 
 def probe(train_ND: np.ndarray, train_labels_N: np.ndarray, val_ND: np.ndarray, val_labels_N: np.ndarray) -> float:

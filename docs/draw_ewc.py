@@ -26,8 +26,8 @@ from tldist_launcher.transfer import at_its_end
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "free": (0.0,),
-    "l2_sp": (0.01, 0.1, 1.0, 10.0),
-    "ewc": (1e3, 1e4, 1e5, 1e6, 1e7),
+    "ewc": (1e4, 1e5, 1e6, 1e7),
+    "l2_sp": (0.1, 1.0, 10.0),
 }
 
 

@@ -37,32 +37,30 @@ class Task:
     index: Index
     model: StagedModel
 
-    def batches(self, split: Split) -> Iterator[tuple[Tensor, Batch]]:
-        """This worker's part of a split as evaluation shows it, each image once: (images_NCHW in fp32, batch)."""
+    def loaded(self, split: Split) -> Iterator[Batch]:
+        """This worker's part of a split as evaluation shows it, each image once."""
         data, device = self.settings.data, next(self.model.parameters()).device
-        share = max(1, data.batch_size // dist.world_size())
+        worker = Worker(dist.rank(), dist.world_size())
+        share = max(1, data.batch_size // worker.world_size)
         loader = open_loader(data, AugmentSpec(), share, device)
         try:
-            worker = Worker(dist.rank(), dist.world_size())
-            for batch in loader.batches(eval_batches(split, data.image_size, share, worker)):
-                yield to_input(batch.images_NHWC, torch.float32), batch
+            yield from loader.batches(eval_batches(split, data.image_size, share, worker))
         finally:
             loader.close()
 
+    def batches(self, split: Split) -> Iterator[tuple[Tensor, Batch]]:
+        """The same with what the network takes: (images_NCHW in fp32, batch)."""
+        for batch in self.loaded(split):
+            yield to_input(batch.images_NHWC, torch.float32), batch
+
     def evaluate(self, model: StagedModel) -> Evaluation:
-        """What a network, in eval mode, makes of the task's validation images."""
-        numbers = numerics("fp32", next(model.parameters()).device)
-        shown: dict[int, Tensor] = {}
+        """What a network, in eval mode, makes of the task's validation images, in fp32."""
 
         def logits(batch: Batch) -> Tensor:
-            return model(shown.pop(id(batch)))
+            return model(to_input(batch.images_NHWC, torch.float32))
 
-        def batches() -> Iterator[Batch]:
-            for images_NCHW, batch in self.batches(self.index.val):
-                shown[id(batch)] = images_NCHW
-                yield batch
-
-        return evaluate(logits, batches(), len(self.index.val), numbers)
+        numbers = numerics("fp32", next(model.parameters()).device)
+        return evaluate(logits, self.loaded(self.index.val), len(self.index.val), numbers)
 
 
 def read_task(place: Path, device: torch.device) -> Task:

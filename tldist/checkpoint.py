@@ -168,6 +168,35 @@ def _write(folder: Path, contents: Snapshot) -> None:
 
 
 SUMS = "SHA256SUMS"
+ADDED = ("fisher.safetensors",)
+"""Files that a whole checkpoint may gain later; one that SHA256SUMS does not know was not finished."""
+
+
+def add(checkpoint: Path, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write one of `ADDED` beside the weights, `about` in its header, and then its checksum, each in one step."""
+    draft = checkpoint.parent / f".draft-{os.getpid()}-{name}"
+    try:
+        safetensors.torch.save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, draft, about)
+        _sync(draft)
+        digest = _sha256(draft)
+        draft.replace(checkpoint / name)
+        lines = [line for line in (checkpoint / SUMS).read_text().splitlines() if line.split("  ", 1)[1] != name]
+        draft.write_text("".join(f"{line}\n" for line in sorted([*lines, f"{digest}  {name}"], key=_named)))
+        _sync(draft)
+        draft.replace(checkpoint / SUMS)
+        _sync(checkpoint)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _named(line: str) -> str:
+    return line.split("  ", 1)[1]
+
+
+def read_added(checkpoint: Path, name: str) -> dict[str, Tensor] | None:
+    """What `add` wrote under this name; None where it did not come to an end."""
+    known = {_named(line) for line in (checkpoint / SUMS).read_text().splitlines()}
+    return safetensors.torch.load_file(checkpoint / name) if name in known else None
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -181,7 +210,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{SUMS} was cut short"
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         for path in sorted(checkpoint.iterdir()):
-            if path.name != SUMS and path.name not in sums:
+            if path.name not in (SUMS, *ADDED) and path.name not in sums:
                 return f"{SUMS} does not know {path.name}"
         for name, digest in sums.items():
             if _sha256(checkpoint / name) != digest:

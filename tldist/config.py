@@ -71,7 +71,7 @@ class ModelConfig(Section):
     name: ModelName = "resnet18"
     """A torchvision backbone."""
     weights: str = "default"
-    """A torchvision weights name (default: its best), a .safetensors or .pth file, or none."""
+    """A torchvision weights name (default: its best), a .safetensors or .pth file, a run directory, or none."""
     head: Literal["linear", "mlp", "mlp_bn"] = "linear"
     """linear, or a lecture head: mlp (3.1: 256 units, dropout) or mlp_bn (8.1: 512 units, BatchNorm, dropout)."""
 
@@ -178,6 +178,11 @@ class OptimConfig(Section):
     """Clip the global gradient norm at this; 0 is off."""
     l2_sp: float = 0.0
     """L2-SP: pull pre-trained weights towards their start with this strength, in place of weight decay; 0 is off."""
+    ewc: float = 0.0
+    """EWC: hold weights where earlier tasks left them, each by its importance to them times this (100 to 1e6, say), in
+    place of weight decay; 0 is off. BatchNorm's statistics are held by --train.batchnorm eval alone."""
+    ewc_from: tuple[str, ...] = ()
+    """EWC: the earlier tasks' run directories (their best checkpoint) or checkpoints; `tldist fisher` each first."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,14 @@ class Evaluation:
     """Under which the confidences fit these images best (calibration.py)."""
 
     @property
+    def right_N(self) -> Tensor:
+        """Which images' most probable class is their label."""
+        return self.predicted_N == self.labels_N
+
+    @property
     def top1(self) -> float:
         """Share of images whose most probable class is their label."""
-        return (self.predicted_N == self.labels_N).double().mean().item()
+        return self.right_N.double().mean().item()
 
     @property
     def loss(self) -> float:

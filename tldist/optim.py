@@ -25,7 +25,7 @@ def parameter_groups(
 
     Parameter names begin with their stage; names of the objective's own parameters begin with `objective` and
     train at the base rate. Biases and normalisation parameters (one dimension) are not decayed (Goyal et al.,
-    2017; He et al., 2019); nor are pre-trained weights under L2-SP, which takes the decay's place there. Raises
+    2017; He et al., 2019); nor are pre-trained weights under L2-SP or EWC, which take the decay's place there. Raises
     ValueError if a parameter that requires a gradient belongs to no trainable stage, or the reverse.
     """
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
@@ -36,7 +36,7 @@ def parameter_groups(
             raise ValueError(f"'{name}' requires_grad={parameter.requires_grad}, but its rate is {multiple}")
         if not parameter.requires_grad:
             continue
-        anchored = config.l2_sp > 0 and is_anchored(name, parameter)
+        anchored = (config.l2_sp > 0 or config.ewc > 0) and is_anchored(name, parameter)
         decay = config.weight_decay if parameter.ndim > 1 and not anchored else 0.0
         new = {"params": [], "names": [], "stage": stage, "multiple": multiple, "weight_decay": decay}
         group = groups.setdefault((stage, multiple, decay), new)

@@ -22,7 +22,6 @@ from tldist.inputs import Inputs, open_inputs, to_input
 from tldist.metrics import ThroughputClock, TrainMeter, reset_peak_memory
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.objectives.supervised import Supervised
-from tldist.optim import is_anchored
 from tldist.plan import Phase
 from tldist.prefix import Prefix
 from tldist.run import Run
@@ -170,7 +169,7 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     inputs = open_inputs(run, frozen, prefix)
     if inputs.cached:
         flops = replace(flops, prefix=0.0)
-    objective = Supervised(network, config.train.label_smoothing, l2_sp(run, network))
+    objective = Supervised(network, config.train.label_smoothing, anchor_penalty(run, network))
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
     engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     device = run.numbers.device
@@ -228,9 +227,9 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def l2_sp(run: Run, network: Segment) -> AnchorPenalty | None:
-    """L2-SP's penalty on what trains, if it is wanted."""
-    if not run.source_weights:
+def anchor_penalty(run: Run, network: Segment) -> AnchorPenalty | None:
+    """What L2-SP or EWC asks for, of what trains."""
+    if run.pull is None:
         return None
-    held = {n: p for n, p in network.named_parameters() if p.requires_grad and is_anchored(n, p)}
-    return AnchorPenalty(held, run.source_weights, run.config.optim.l2_sp) if held else None
+    held = {n: p for n, p in network.named_parameters() if p.requires_grad and n in run.pull.anchors}
+    return AnchorPenalty(held, run.pull) if held else None

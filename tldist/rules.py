@@ -48,6 +48,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--optim.warmup-epochs": c.optim.warmup_epochs,
         "--optim.clip-norm": c.optim.clip_norm,
         "--optim.l2-sp": c.optim.l2_sp,
+        "--optim.ewc": c.optim.ewc,
         "--train.early-stop": c.train.early_stop,
         "--train.min-delta": c.train.min_delta,
         "--cache.gib": c.cache.gib,
@@ -117,6 +118,19 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         (
             c.optim.l2_sp > 0 and (c.strategy.name == "scratch" or c.model.weights == "none"),
             "--optim.l2-sp pulls towards pre-trained weights, and this run starts without any: leave it out",
+        ),
+        (
+            c.optim.ewc > 0 and not c.optim.ewc_from,
+            "--optim.ewc holds weights for earlier tasks: name their run directories in --optim.ewc-from",
+        ),
+        (
+            bool(c.optim.ewc_from) and not c.optim.ewc,
+            "--optim.ewc-from names earlier tasks, and --optim.ewc, how hard to hold their weights, is 0: give both",
+        ),
+        (
+            c.optim.ewc > 0 and (c.strategy.name == "scratch" or c.model.weights == "none"),
+            "--optim.ewc holds weights where an earlier task left them, and this run starts without any: name that "
+            "run in --model.weights, and another strategy than scratch",
         ),
         *_cache_rules(c),
         (

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from tldist import dist
 from tldist.backbones import StagedModel
 from tldist.config import RunConfig
@@ -16,6 +14,7 @@ from tldist.data.batches import Worker, steps_per_epoch
 from tldist.data.index import Index
 from tldist.data.loader import Loader, Read
 from tldist.engine import Numerics
+from tldist.objectives.anchor import Pull
 from tldist.plan import Plan
 from tldist.saver import Saver
 from tldist.tracking.events import EventLog
@@ -39,9 +38,8 @@ class Run:
     control: Control
     peak: tuple[float, str] = (0.0, "unknown")
     """FLOP/s that a worker's device could do, and where the figure is from."""
-    source_weights: dict[str, Tensor] = field(default_factory=dict)
-    """The pre-trained weights that L2-SP pulls towards, by parameter name; empty without it."""
-
+    pull: Pull | None = None
+    """What L2-SP and EWC hold, and how hard; None without them."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hears of every step; one that was not started only listens."""
     train_pixels: Read | None = None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tldist import backbones, config, control, dist
-from tldist.config import RunConfig, UserError
+from tldist.config import OptimConfig, RunConfig, UserError
 from tldist.control import Control, Stopped
 from tldist.data.bad_images import BadImages
 from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
@@ -26,10 +26,12 @@ from tldist.data.loader import open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import AugmentSpec, augment_spec
 from tldist.engine import engine_kind, numerics
+from tldist.fisher import ewc
 from tldist.fit import FitResult, fit, speed
 from tldist.flops import peak_flops
 from tldist.metrics import Window, count_parameters
 from tldist.mirror import error_event, open_wandb, predictions_event, weights_events
+from tldist.objectives.anchor import Pull, joined
 from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.preview import contact_sheet
@@ -197,7 +199,6 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         pretrained=plan.pretrained,
     ).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    anchors = dict(model.named_parameters()) if settings.optim.l2_sp else {}
     return Run(
         config=settings,
         plan=plan,
@@ -214,8 +215,17 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         control=Control(Path(settings.run_dir), settings.checkpoint.minutes, device),
         peak=peak,
         watchdog=watchdog,
-        source_weights={name: p.detach().clone() for name, p in anchors.items() if is_anchored(name, p)},
+        pull=pull_of(settings.optim, model),
     )
+
+
+def pull_of(settings: OptimConfig, model: backbones.StagedModel) -> Pull | None:
+    """What holds the weights that training starts from: L2-SP, EWC, or both. Raises UserError."""
+    pulls = [ewc(settings.ewc, settings.ewc_from, model)] if settings.ewc else []
+    if settings.l2_sp:
+        source = {name: p.detach().clone() for name, p in model.named_parameters() if is_anchored(name, p)}
+        pulls.append(Pull(settings.l2_sp, source))
+    return joined(pulls) if pulls else None
 
 
 def plan_of(settings: RunConfig) -> Plan:

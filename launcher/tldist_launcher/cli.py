@@ -111,6 +111,30 @@ def _find_lr(words: Sequence[str]) -> int:
     return 0
 
 
+def _fisher(words: Sequence[str]) -> int:
+    from tldist_launcher.forgetting import fisher_command
+
+    return fisher_command(words)
+
+
+def _forgetting(words: Sequence[str]) -> int:
+    from tldist_launcher.forgetting import forgetting_command
+
+    return forgetting_command(words)
+
+
+def _transfer_score(words: Sequence[str]) -> int:
+    from tldist_launcher.transfer import score_command
+
+    return score_command(words)
+
+
+def _transfer_gain(words: Sequence[str]) -> int:
+    from tldist_launcher.transfer import gain_command
+
+    return gain_command(words)
+
+
 def _demo(words: Sequence[str]) -> int:
     from tldist_launcher.arguments import parse_flags
     from tldist_launcher.demo import demo
@@ -197,6 +221,26 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _find_lr,
         "find-lr RECIPE [--section.flag VALUE ...]",
         "suggest a rate; also --steps, --lowest, --highest, --json, --plot",
+    ),
+    "transfer-score": (
+        _transfer_score,
+        "transfer-score RECIPE --models NAME[:WEIGHTS],... [--flag ...]",
+        "rank source models for the recipe's images; also --json FILE",
+    ),
+    "transfer-gain": (
+        _transfer_gain,
+        "transfer-gain RECIPE [--seeds N] [--section.flag ...]",
+        "fine-tuned against scratch: helps, no difference, or hurts",
+    ),
+    "fisher": (
+        _fisher,
+        "fisher RUN_DIR [--labels model|data] [--images N]",
+        "how much each weight matters to a finished run, for --optim.ewc",
+    ),
+    "forgetting": (
+        _forgetting,
+        "forgetting RUN_DIR EARLIER_RUN_DIR ... [--json FILE]",
+        "what a run's network still knows of earlier runs' tasks",
     ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tldist import backbones, config, control, dist, worker
+from tldist import backbones, config, control, dist, fisher, worker
 from tldist.config import RunConfig, TrainingFailed, UserError
 from tldist.control import Stopped
 from tldist.data.index import Index, load_index, save_index
@@ -117,17 +117,25 @@ def absolute(settings: RunConfig) -> RunConfig:
     """Paths as every worker understands them, wherever it runs."""
     root, weights, features = settings.data.root, settings.model.weights, settings.cache.dir
     if features:
-        features = os.path.abspath(Path(features).expanduser())  # noqa: PTH100 - resolve() would follow links
+        features = _absolute(features)
     if root:
-        root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() would follow links
-    if Path(weights).expanduser().is_file():
-        weights = str(Path(weights).expanduser().absolute())
+        root = _absolute(root)
+    if Path(weights).expanduser().is_dir():
+        weights = str(fisher.of(Path(weights).expanduser().absolute()) / "model.safetensors")
+    elif Path(weights).expanduser().is_file():
+        weights = _absolute(weights)
+    tasks = tuple(_absolute(task) for task in settings.optim.ewc_from)
     return dataclasses.replace(
         settings,
         data=dataclasses.replace(settings.data, root=root),
         model=dataclasses.replace(settings.model, weights=weights),
         cache=dataclasses.replace(settings.cache, dir=features),
+        optim=dataclasses.replace(settings.optim, ewc_from=tasks),
     )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(Path(path).expanduser())  # noqa: PTH100 - resolve() would follow links
 
 
 def _start(settings: RunConfig, run_dir: Path, quiet: bool) -> None:
@@ -160,7 +168,8 @@ def preflight(settings: RunConfig) -> Index:
     plan = worker.plan_of(settings)
     index = worker.data_index(settings)
     if plan.pretrained:
-        backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)
+        model = backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)
+        worker.pull_of(settings.optim, model)
     return index
 
 

@@ -77,6 +77,7 @@ def _notes(settings: RunConfig, plan: Plan) -> list[str]:
     differing = [
         (optim.clip_norm != OptimConfig.clip_norm, _clipping(optim.clip_norm)),
         (optim.l2_sp > 0, f"L2-SP of {optim.l2_sp:g} in place of weight decay on pre-trained weights"),
+        (optim.ewc > 0, _ewc(settings)),
         (train.batchnorm == "eval", "BatchNorm in stages that train keeps the source's statistics"),
         (train.batchnorm == "sync", "BatchNorm in stages that train sees all workers' batches together"),
         (train.accumulate > 1, f"A worker's share of a batch passes in {train.accumulate} parts"),
@@ -93,6 +94,14 @@ def _notes(settings: RunConfig, plan: Plan) -> list[str]:
         f"The head is counted for {CLASSES_SHOWN} classes",
         *_prefix(plan),
     ]
+
+
+def _ewc(settings: RunConfig) -> str:
+    tasks = len(settings.optim.ewc_from)
+    held = f"EWC of {settings.optim.ewc:g} holds the weights of {tasks} earlier task{'s' if tasks > 1 else ''}"
+    if settings.train.batchnorm == "eval":
+        return held
+    return f"{held}, but BatchNorm's statistics move: --train.batchnorm eval keeps them"
 
 
 def _schedule(optim: OptimConfig, plan: Plan) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import os
 import signal
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
@@ -42,8 +43,19 @@ PLACES_WAIT_S = 300
 """How long a run that lost a node waits for enough places to go on."""
 
 
-def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO], None]) -> None:
-    """Run `settings` on this machine, or on the cluster at RAY_ADDRESS, and wait for its end.
+class Work(NamedTuple):
+    """What each worker calls: a function below the launcher, with one string."""
+
+    module: str
+    function: str
+    argument: str
+
+
+def train_on_ray(
+    settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO], None], work: Work | None = None
+) -> None:
+    """Run `settings`, or other `work` in its run directory, on this machine, or on the cluster at RAY_ADDRESS, and wait
+    for its end.
 
     `watch(start, stream)` calls `start()` and shows progress on `stream`; everything Ray itself prints goes to
     logs/ray.log. Raises what ended the first worker that failed.
@@ -65,7 +77,7 @@ def train_on_ray(settings: RunConfig, watch: Callable[[Callable[[], Any], TextIO
         _set_again(before, signal.SIGTERM)
         try:
             _check_cluster(settings)
-            watch(lambda: _fit_with_restarts(settings, terminal), terminal)
+            watch(lambda: _fit_with_restarts(settings, terminal, work), terminal)
         finally:
             ray.shutdown()
             _set_again(before, signal.SIGINT)  # Ray Train's own would stay
@@ -151,7 +163,7 @@ def _use_gpu() -> bool:
     )
 
 
-def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
+def _trainer(settings: RunConfig, workers: int, attempt: int, work: Work | None) -> Any:
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -159,7 +171,7 @@ def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
     return TorchTrainer(
         _run_worker,
         torch_config=TorchConfig(timeout_s=_patience_s(settings)),
-        train_loop_config={"config_json": config.to_json(settings)},
+        train_loop_config=(work or Work("tldist.worker", "run", config.to_json(settings)))._asdict(),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=_use_gpu()),
         run_config=RayRunConfig(
             name=f"ray-{os.getpid()}-{attempt}",  # under a name it knows, Ray Train would go on with what it recorded
@@ -170,7 +182,7 @@ def _trainer(settings: RunConfig, workers: int, attempt: int) -> Any:
     )
 
 
-def _fit_with_restarts(settings: RunConfig, terminal: TextIO) -> None:
+def _fit_with_restarts(settings: RunConfig, terminal: TextIO, work: Work | None = None) -> None:
     """Fit, until the run is done, stopped, or failed by something that another start would not mend."""
     run_dir, wanted, restarts = Path(settings.run_dir), settings.launch, Restarts(settings)
     for attempt in itertools.count():
@@ -181,7 +193,7 @@ def _fit_with_restarts(settings: RunConfig, terminal: TextIO) -> None:
             return
         try:
             with _growing(settings, wanted, workers):
-                _fit(_trainer(settings, workers, attempt))
+                _fit(_trainer(settings, workers, attempt, work))
         except WorkersLost as lost:
             restarts.count(lost)
             if lost.never_began and workers > wanted.least:  # places that add up, but do not fit a worker each
@@ -297,9 +309,8 @@ def _grow(settings: RunConfig, wanted: LaunchConfig, workers: int, over: threadi
 
 
 def _run_worker(loop_config: dict[str, str]) -> None:
-    from tldist import worker
-
-    worker.run(loop_config["config_json"])
+    work = Work(**loop_config)
+    getattr(importlib.import_module(work.module), work.function)(work.argument)
 
 
 def _fit(trainer: Any) -> None:

@@ -60,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen_in_suffix": {"strategy": BY_HAND, "optim": ADAMW},
     "ema": {"strategy": StrategyConfig(name="two_phase"), "train": replace(FP32, ema=0.9)},
     "l2_sp": {"strategy": StrategyConfig(name="two_phase"), "optim": replace(SGD, l2_sp=0.5)},
+    "ewc": {"strategy": StrategyConfig(name="two_phase"), "optim": replace(SGD, ewc=50.0)},
     # Each rank draws its own mixtures, and bf16 rounds sums over half a batch: these are compared with DDP's.
     "mixed": {"strategy": StrategyConfig(name="full"), "data": MIXED},
     "bf16": {"strategy": StrategyConfig(name="two_phase"), "train": replace(FP32, precision="bf16", epochs=2)},
@@ -92,7 +93,9 @@ def settings(photos: Path, run_dir: Path, kind: str, case: str) -> RunConfig:
     """Two steps an epoch, fp32, source statistics in BatchNorm."""
     sections = CASES[case]
     data = replace(sections.get("data", DataConfig()), root=str(photos), batch_size=20, image_size=32, threads=1)
-    model = ModelConfig(weights=str(source(run_dir.parent)) if case == "l2_sp" else "none")
+    model = ModelConfig(weights=str(source(run_dir.parent)) if case in ("l2_sp", "ewc") else "none")
+    if case == "ewc":
+        sections = {**sections, "optim": replace(sections["optim"], ewc_from=(str(task(run_dir.parent)),))}
     base = RunConfig(
         run_dir=str(run_dir),
         model=model,
@@ -108,6 +111,18 @@ def source(folder: Path) -> Path:
     """Weights to start from, and to be pulled to."""
     path = folder / "source.safetensors"
     safetensors.torch.save_file(backbones.build(ModelConfig(weights="none"), 5, 32, 7).torchvision_state(), path)
+    return path
+
+
+def task(folder: Path) -> Path:
+    """A checkpoint with the source's weights, each of another importance."""
+    path = folder / "epoch-0001"
+    if not path.exists():
+        weights = safetensors.torch.load_file(source(folder))
+        checkpoint.save(folder, (), checkpoint.snapshot(path.name, weights, None, checkpoint.TrainState(), {}), 1)
+        made = torch.Generator().manual_seed(0)
+        importances = {name: torch.rand(t.shape, generator=made) for name, t in weights.items()}
+        checkpoint.add(path, "fisher.safetensors", importances, {})
     return path
 
 

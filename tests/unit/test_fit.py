@@ -19,7 +19,7 @@ from tldist.batchnorm import set_modes
 from tldist.checkpoint import Plateau, TrainState
 from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
 from tldist.evaluate import Evaluation
-from tldist.objectives.anchor import AnchorPenalty
+from tldist.objectives.anchor import AnchorPenalty, Pull
 from tldist.phase import WeightAverage, freeze
 from tldist.plan import Phase, build_plan
 from tldist.saver import NotWritten, Saver
@@ -131,7 +131,7 @@ class TestAnchor:
     def test_value_and_gradient_are_autograds(self) -> None:
         parameters = {name: nn.Parameter(torch.randn(3, 5).double()) for name in "ab"}
         anchors = {name: torch.randn(3, 5).double() for name in "ab"}
-        value = AnchorPenalty(parameters, anchors, 0.3)()
+        value = AnchorPenalty(parameters, Pull(0.3, anchors))()
         expected = sum((0.15 * (p - anchors[n]).square().sum() for n, p in parameters.items()), torch.zeros(()))
         torch.testing.assert_close(value, expected.float())
         ours = torch.autograd.grad(2 * value, list(parameters.values()))

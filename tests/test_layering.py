@@ -16,6 +16,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.config",),
     ("tldist.dist", "tldist.hang"),
     ("tldist.watchdog",),
+    ("tldist.digit_nets",),
     ("tldist.backbones", "tldist.plan"),
     ("tldist.optim", "tldist.objectives"),
     ("tldist.data", "tldist.batchnorm", "tldist.features"),

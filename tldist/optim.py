@@ -23,9 +23,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One group per trainable stage, rate and kind of decay; frozen parameters are in none.
 
-    Parameter names begin with their stage; names of the objective's own parameters begin with `objective`. Biases and normalisation parameters (one dimension) are not decayed (Goyal et al.,
-    2017; He et al., 2019); nor are pre-trained weights under L2-SP, which takes the decay's place there. Raises
-    ValueError if a parameter that requires a gradient belongs to no trainable stage, or the reverse.
+    Parameter names begin with their stage; names of the objective's own parameters begin with `objective`. Biases and
+    normalisation parameters (one dimension) are not decayed (Goyal et al., 2017; He et al., 2019); nor are pre-trained
+    weights under L2-SP, which takes the decay's place there. Raises ValueError if a parameter that requires a gradient
+    belongs to no trainable stage, or the reverse.
     """
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters:

@@ -105,7 +105,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             c.model.name.startswith("dann") and c.data.image_size < 16,
-            f"--data.image-size {c.data.image_size} leaves {c.model.name} nothing to pool: use 16 or more (28 for MNIST)",
+            f"--data.image-size {c.data.image_size} leaves {c.model.name} nothing to pool: use 16 or more",
         ),
         (
             c.model.head == "mlp_bn" and _smallest_pass(c) < 2,
@@ -148,8 +148,7 @@ def _domain_rules(c: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             paired and c.cache.features != "off",
-            f"--cache.features keeps what a frozen prefix makes of images, and under {name} everything trains: leave it "
-            "off",
+            f"--cache.features keeps what a frozen prefix computes, and under {name} everything trains: leave it off",
         ),
         (
             paired and c.data.mix_at == "cut" and c.data.mixup > 0,
@@ -157,8 +156,8 @@ def _domain_rules(c: RunConfig) -> list[tuple[bool, str]]:
         ),
         (
             name == "mmd" and _smallest_pass(c) < 2,
-            f"--data.batch-size {c.data.batch_size} gives a worker one image of each domain at a time, and the unbiased "
-            "MMD needs two: use a larger batch, or less --train.accumulate",
+            f"--data.batch-size {c.data.batch_size} gives a worker one image of each domain at a time, and the "
+            "unbiased MMD needs two: use a larger batch, or less --train.accumulate",
         ),
     ]
 

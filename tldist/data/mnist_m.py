@@ -64,9 +64,8 @@ def read_mnist(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     if not folder.is_dir():
         raise UserError(f"--mnist {folder} is not a folder: give the one that holds MNIST's idx files")
     archives = DATASETS["mnist"].archives
-    files = [
-        read_gz(path, archive.md5) for path, archive in zip(find(archives, folder, "--mnist"), archives, strict=True)
-    ]
+    paths = find(archives, folder, "--mnist")
+    files = [read_gz(path, archive.md5) for path, archive in zip(paths, archives, strict=True)]
     train, train_labels, val, val_labels = map(idx_array, files)
     margin = (SIDE - train.shape[1]) // 2
     pad = ((0, 0), (margin, margin), (margin, margin))

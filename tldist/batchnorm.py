@@ -109,17 +109,16 @@ def unsynchronise(network: nn.Module) -> None:
     _convert(network, (nn.SyncBatchNorm, WorkerBatchNorm, DomainBatchNorm2d), nn.BatchNorm2d)
 
 
-class _OfDomain:
+class _OfDomain(BatchNorm):
     """In training, each half of the batch is normalised by its own statistics; those of the second, the target's, are
     kept, and evaluation uses them (as in domain-specific BatchNorm: Chang et al., 2019, but with shared weights)."""
 
-    def forward(self: Any, input: Tensor) -> Tensor:
-        kind = nn.BatchNorm2d if isinstance(self, nn.BatchNorm2d) else nn.BatchNorm1d
+    def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return kind.forward(self, input)
+            return super().forward(input)
         source, target = input.chunk(2)
         source = nn.functional.batch_norm(source, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return torch.cat([source, kind.forward(self, target)])
+        return torch.cat([source, super().forward(target)])
 
 
 class DomainBatchNorm1d(_OfDomain, nn.BatchNorm1d):

@@ -168,7 +168,7 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     frozen, network = run.model.cut(run.plan.cut(index))
     if config.train.batchnorm == "sync" and run.worker.world_size > 1:
         synchronise(network, run.numbers.device)
-    if config.train.batchnorm == "domain":
+    if config.train.batchnorm == "domain" and run.index.target is not None:
         part_by_domain(network)
     prefix = Prefix(frozen, run.numbers.dtype)
     flops = count_flops(list(frozen.children()), network, config.data.image_size)

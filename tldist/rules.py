@@ -143,10 +143,6 @@ def _domain_rules(c: RunConfig) -> list[tuple[bool, str]]:
     name, paired = c.strategy.name, len(DOMAINS.get(c.strategy.name, ())) > 1
     return [
         (
-            c.train.batchnorm == "domain" and not paired,
-            f"--train.batchnorm domain parts the two domains of a batch, and {name} shows one: use train, eval or sync",
-        ),
-        (
             paired and c.cache.features != "off",
             f"--cache.features keeps what a frozen prefix computes, and under {name} everything trains: leave it off",
         ),

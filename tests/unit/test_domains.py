@@ -172,7 +172,7 @@ class TestObjectives:
         assert loss.item() == pytest.approx((task + 2.0 * ramp(0.2) * apart).item(), abs=1e-6)
 
     def test_any_stage_of_any_backbone_gives_rows(self) -> None:
-        for name in ("resnet18", "vit_b_16", "dann_mnist"):
+        for name in ("resnet18", "dann_mnist"):
             model = backbones.build(ModelConfig(name=name, weights="none"), 3, 32, 0).eval()  # type: ignore[arg-type]
             with torch.no_grad():
                 whole = model(x := torch.randn(2, 3, 32, 32))
@@ -180,6 +180,8 @@ class TestObjectives:
                     logits, output = model(x, stage)
                     assert torch.equal(logits, whole)
                     assert rows_of(output).ndim == 2
+        tokens_NLD = torch.randn(2, 5, 3)
+        assert torch.equal(rows_of(tokens_NLD), tokens_NLD[:, 0])
 
     def test_a_stage_that_is_not_there(self) -> None:
         with pytest.raises(UserError, match=r"no stage 'fc5' \(did you mean 'fc4'\?\)"):
@@ -319,7 +321,6 @@ class TestNoTargetLabel:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"strategy": StrategyConfig(name="source_only"), "train": TrainConfig(batchnorm="domain")}, "shows one"),
         ({"strategy": StrategyConfig(name="dann"), "cache": config.CacheConfig(features="exact")}, "everything trains"),
         ({"strategy": StrategyConfig(name="mmd"), "data": DataConfig(mixup=1.0, mix_at="cut")}, "source and target"),
         ({"strategy": StrategyConfig(name="mmd"), "train": TrainConfig(accumulate=32)}, "needs two"),

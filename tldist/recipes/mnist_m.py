@@ -12,8 +12,8 @@ def mnist_m() -> RunConfig:
     return RunConfig(
         recipe="mnist_m",
         model=ModelConfig(name="dann_mnist_bn", weights="none"),
-        strategy=StrategyConfig(name="dann"),
+        strategy=StrategyConfig(name="dann", align_at="fc3"),
         data=DataConfig(root="data/mnist_m", batch_size=128, image_size=28, augment="none", pixels="memory"),
-        optim=OptimConfig(name="sgd", base_lr=0.01, weight_decay=0.0),
-        train=TrainConfig(epochs=3, label_smoothing=0.0),
+        optim=OptimConfig(name="sgd", base_lr=0.02, weight_decay=0.0, warmup_epochs=0.1, clip_norm=0.0),
+        train=TrainConfig(epochs=3, label_smoothing=0.0, batchnorm="domain"),
     )

@@ -329,14 +329,19 @@ def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Calla
     Where the step shows two domains, the images of one lie behind those of the other, and a part has rows of both.
     """
     n = len(targets.labels_N)
-    parts, x_DN = -(-n // run.pass_size), x.unflatten(0, (-1, n))
+    parts, domains = -(-n // run.pass_size), x.split(n)
     for i in range(parts):  # of nearly equal size: BatchNorm should not see the rest alone
         part = slice(i * n // parts, (i + 1) * n // parts)
         of_part = targets if parts == 1 else targets.part(part)
         output = live.engine.forward_backward(
-            encode(x_DN[:, part].flatten(0, 1)), of_part, len(of_part.labels_N) / n, reduce=i == parts - 1
+            encode(_rows(domains, part)), of_part, len(of_part.labels_N) / n, reduce=i == parts - 1
         )
         live.meter.update(output, of_part)
+
+
+def _rows(domains: Sequence[Tensor], part: slice) -> Tensor:
+    """The same rows of every domain."""
+    return domains[0][part] if len(domains) == 1 else torch.cat([images[part] for images in domains])
 
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:

@@ -28,7 +28,7 @@ from tldist.data.index import (
     split_of_shards,
 )
 from tldist.data.shards import Shards, is_shards, open_shards
-from tldist.data.verify import File, Progress, num_workers, verdicts
+from tldist.data.verify import File, Progress, Verdict, num_workers, verdicts
 
 UNLABELLED = -1
 _LAYOUT = "source/train/CLASS/*.jpg, target/train/*.jpg and target/val/CLASS/*.jpg"
@@ -39,6 +39,8 @@ class _Part:
     """One split of one domain."""
 
     split: Split
+    sizes: list[int]
+    """Bytes of each image."""
     skipped: list[Skipped]
 
 
@@ -66,8 +68,8 @@ def build_domains(
         parts += [homes[name].unlabelled() for name in shown[1:]]
     digest = hashlib.sha256("\0".join(chosen).encode())
     for part in parts:
-        labels = zip(part.split.paths, part.split.labels_N.tolist(), strict=True)
-        digest.update("".join(f"\n{path}\0{label}" for path, label in labels).encode())
+        rows = zip(part.split.paths, part.split.labels_N.tolist(), part.sizes, strict=True)
+        digest.update("".join(f"\n{path}\0{label}\0{size}" for path, label, size in rows).encode())
     skipped = tuple(sorted((item for part in parts for item in part.skipped), key=lambda item: item.path))
     train, val, *more = (part.split for part in parts)
     return Index(folder, chosen, train, val, skipped, digest.hexdigest(), more[0] if more else None)
@@ -105,7 +107,7 @@ class _Home:
         listing = list_split(self.pool, self.root, split, classes)
         files, skipped, found = self._verified(listing.files, listing.skipped)
         check_each_class(f"{self.root}/{split}", classes, {file.label for file in files}, skipped)
-        return self._part(split_of_files(sorted(files), found), skipped)
+        return self._of_files(sorted(files), skipped, found)
 
     def unlabelled(self) -> _Part:
         """All training images, wherever they lie in `train/`."""
@@ -118,12 +120,17 @@ class _Home:
         if not files:
             raise UserError(f"{self.root}/train holds no usable image: put the unlabelled images there")
         files.sort(key=lambda file: (Path(file.path).name, file.path))
-        return self._part(split_of_files(files, found), skipped)
+        return self._of_files(files, skipped, found)
 
-    def _verified(self, files: list[File], skipped: list[Skipped]) -> tuple[list[File], list[Skipped], dict]:
+    def _verified(
+        self, files: list[File], skipped: list[Skipped]
+    ) -> tuple[list[File], list[Skipped], dict[str, Verdict]]:
         found = verdicts(self.pool, self.root, files, True, self.progress)
         bad = [Skipped(file.path, verdict) for file in files if isinstance(verdict := found[file.path], str)]
         return [file for file in files if not isinstance(found[file.path], str)], [*skipped, *bad], found
+
+    def _of_files(self, files: list[File], skipped: list[Skipped], found: dict[str, Verdict]) -> _Part:
+        return self._part(split_of_files(files, found), [file.num_bytes for file in files], skipped)
 
     def _of_shards(self, split: str, labels: dict[int, int]) -> _Part:
         assert self.shards is not None
@@ -132,9 +139,10 @@ class _Home:
         if not any(kept.values()):
             raise UserError(f"{self.root} has no usable image in shards {split}-*.tar: add some")
         skipped = [Skipped(*item) for item in self.shards.skipped if item[0].split("/", 1)[0] in of_split]
-        return self._part(split_of_shards(kept, labels), skipped)
+        sizes = [row.num_bytes for rows in kept.values() for row in rows]
+        return self._part(split_of_shards(kept, labels), sizes, skipped)
 
-    def _part(self, split: Split, skipped: list[Skipped]) -> _Part:
+    def _part(self, split: Split, sizes: list[int], skipped: list[Skipped]) -> _Part:
         """With paths relative to the folder of both domains."""
         members = split.members and replace(
             split.members, shards=tuple(f"{self.name}/{shard}" for shard in split.members.shards)
@@ -142,5 +150,6 @@ class _Home:
         paths = tuple(f"{self.name}/{path}" for path in split.paths)
         return _Part(
             replace(split, paths=paths, members=members),
+            sizes,
             [Skipped(f"{self.name}/{item.path}", item.reason) for item in skipped],
         )

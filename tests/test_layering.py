@@ -36,7 +36,7 @@ HEAVY = {
     "ray": ("tldist_launcher",),
     "deepspeed": ("tldist.engine.zero",),
     "wandb": ("tldist.tracking.wandb",),
-    "nvidia": ("tldist.data.dali",),
+    "nvidia": ("tldist.data.dali", "tldist.data.decode"),
     "triton": ("tldist_kernels", "tldist_benchmarks"),
 }
 OWN = ("tldist", "tldist_kernels", "tldist_launcher", "tldist_benchmarks")

@@ -159,7 +159,7 @@ class DataConfig(Section):
     mix_at: Literal["input", "cut"] = "input"
     """Mixup of images, or of the features where the frozen prefix ends (manifold mixup, Verma et al., 2019)."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
-    """auto: DALI where it is installed, else torchvision."""
+    """auto: DALI on GPUs, where it is installed; torchvision on CPUs, where it is the faster one."""
     threads: int = 0
     """Loader threads per worker; 0: the machine's cores shared among its workers."""
     pixels: Literal["off", "memory", "disk"] = "off"

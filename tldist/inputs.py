@@ -291,15 +291,15 @@ def _key(run: Run, frozen: Segment, prefix: Prefix, layouts: dict[str, Layout]) 
     for name, tensor in frozen.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    data, spec = run.config.data, augment_spec(run.config.data.augment)
+    data, spec, device = run.config.data, augment_spec(run.config.data.augment), run.numbers.device
     told = {
         "images": run.index.fingerprint,
         "views": run.config.cache.views,
         "seed": None if spec.deterministic else run.config.seed,
-        "transform": [data.image_size, dataclasses.asdict(spec), loader_kind(data), data.pixels != "off"],
+        "transform": [data.image_size, dataclasses.asdict(spec), loader_kind(data, device), data.pixels != "off"],
         "model": [run.config.model.name, list(frozen.stages), weights.hexdigest()],
         "layout": [layouts["train"].shape, layouts["train"].dtype],
-        "arithmetic": [torch.__version__, run.numbers.device.type, prefix.is_compiled, run.pass_size],
+        "arithmetic": [torch.__version__, device.type, prefix.is_compiled, run.pass_size],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,7 @@ from tldist.optim import is_anchored
 from tldist.plan import Phase
 from tldist.prefix import Prefix
 from tldist.run import Run
+from tldist_kernels.backend import one_thread
 
 ONE_THREAD_FLOPS = 2e8
 """A pass of fewer FLOPs runs on one thread. A cached head's step of 1e5 took 0.5 ms so on two Zen 5 cores; with two
@@ -60,13 +61,9 @@ class LivePhase:
     @contextmanager
     def threads(self, images: int) -> Iterator[None]:
         """On a CPU: one thread while passes over so many `images` are small."""
-        threads = torch.get_num_threads()
-        if self.clock.device.type == "cpu" and self.flops.total * images < ONE_THREAD_FLOPS:
-            torch.set_num_threads(1)
-        try:
+        small = self.clock.device.type == "cpu" and self.flops.total * images < ONE_THREAD_FLOPS
+        with one_thread() if small else nullcontext():
             yield
-        finally:
-            torch.set_num_threads(threads)
 
     def evaluated(self) -> nn.Module:
         """The live suffix that evaluation and checkpoints see: its average, where one is kept."""

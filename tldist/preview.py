@@ -12,11 +12,12 @@ from torch import Tensor
 
 from tldist.config import DataConfig
 from tldist.data.batches import BatchPlan, plan_batch
+from tldist.data.decode import read_box
 from tldist.data.index import Index
 from tldist.data.loader import Loader, Read
 from tldist.data.mixing import draw_mix, mixed_targets, step_generator
 from tldist.data.presets import AugmentSpec, augment_spec
-from tldist.data.torchvision_loader import read_rgb, show
+from tldist.data.torchvision_loader import show
 from tldist_kernels import mix_normalize
 
 IMAGES, EPOCHS, MIXED_STEPS = 6, 6, 3
@@ -41,11 +42,13 @@ def contact_sheet(
     spec, split = augment_spec(data.augment), index.train
     ids_N = np.unique(np.linspace(0, len(split) - 1, min(IMAGES, most, len(split))).astype(int))
     plans = [plan_batch(split, spec, data.image_size, seed, epoch, ids_N) for epoch in range(EPOCHS)]
-    shown = [batch.images_NHWC.cpu() for batch in loader.batches(plans)]
     plain = plan_batch(split, AugmentSpec(), data.image_size, 0, 0, ids_N)
+    # First, one by one: what `read` keeps is then decoded once, though the epochs below want it side by side.
+    plain_tiles = [_plain(plain, i, data, index, read) for i in range(len(ids_N))]
+    shown = [batch.images_NHWC.cpu() for batch in loader.batches(plans)]
     rows = [
-        [_plain(plain, i, data, index, read), *(_tile(images[i], f"epoch {e + 1}") for e, images in enumerate(shown))]
-        for i in range(len(ids_N))
+        [tile, *(_tile(images[i], f"epoch {e + 1}") for e, images in enumerate(shown))]
+        for i, tile in enumerate(plain_tiles)
     ]
     labels_N = torch.from_numpy(plain.labels_N)
     steps = range(MIXED_STEPS if data.mix_at == "input" else 0)
@@ -54,9 +57,10 @@ def contact_sheet(
 
 
 def _plain(plan: BatchPlan, i: int, data: DataConfig, index: Index, read: Read | None) -> _Tile:
-    place = plan.place(Path(index.root), i)
-    image_CHW = read(int(plan.ids_N[i]), place) if read else read_rgb(place)
-    image_CHW = show(image_CHW, plan.views[i], AugmentSpec(), data.image_size)
+    place, view = plan.place(Path(index.root), i), plan.views[i]
+    box = view.box_N4[0].tolist()
+    crop_CHW = read(int(plan.ids_N[i]), place, box) if read else read_box(place, box)
+    image_CHW = show(crop_CHW, view, AugmentSpec(), data.image_size)
     return _tile(image_CHW.permute(1, 2, 0), index.classes[int(plan.labels_N[i])])
 
 

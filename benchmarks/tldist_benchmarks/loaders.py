@@ -34,6 +34,7 @@ from tldist.data.presets import PRESETS
 from tldist.data.sharding import encode
 from tldist.data.verify import num_workers, strict_pillow, verify
 from tldist.inputs import to_input
+from tldist.worker import keep_freed_memory
 from tldist_benchmarks import harness, report
 from tldist_benchmarks.harness import Measured, Series, Turn, synchronize
 from tldist_benchmarks.report import shown
@@ -258,6 +259,7 @@ def table(title: str, found: list[dict[str, Any]]) -> Table:
 def run(settings: Settings) -> None:
     """Measure, print, write. Raises UserError."""
     device = dist.local_device()
+    keep_freed_memory()  # as a run's worker does; the usual loaders work in processes of their own
     with tempfile.TemporaryDirectory(prefix="tldist-bench-") as folder, harness.worker_threads():
         turns = variants(settings, Path(folder), device)
         measured = harness.take_turns(turns, settings.rounds, harness.show)

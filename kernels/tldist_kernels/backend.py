@@ -1,6 +1,8 @@
-"""Which implementation of an op runs: its Triton kernel or its plain torch reference."""
+"""Which implementation of an op runs: its Triton kernel or its plain torch reference; and on how many threads."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -19,3 +21,14 @@ def use_triton(tensor: torch.Tensor, backend: Backend) -> bool:
     if backend == "triton" and not HAS_TRITON:
         raise ValueError('backend="triton" needs the triton package; install it or pass backend="torch"')
     return backend == "triton"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's CPU operations called by this thread run on it alone, inside; also a decorator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

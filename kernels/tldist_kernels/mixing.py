@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tldist_kernels.backend import Backend, use_triton
+from tldist_kernels.backend import Backend, one_thread, use_triton
 
 OUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -153,6 +153,7 @@ def _inside(boxes_N4: torch.Tensor, images_NHWC: torch.Tensor) -> torch.Tensor:
     return ((y_H1 >= top) & (y_H1 < bottom) & (x_W >= left) & (x_W < right))[..., None]
 
 
+@one_thread()
 def mix_normalize_cpu(
     images_NHWC: torch.Tensor,
     mean_3: Sequence[float],
@@ -160,7 +161,10 @@ def mix_normalize_cpu(
     dtype: torch.dtype,
     mixing: Mixing,
 ) -> torch.Tensor:
-    """`mix_normalize` on the CPU: fp32 in a scratch that stays in cache, boxes cropped.
+    """`mix_normalize` on the CPU: fp32 in a scratch that stays in cache, boxes cropped, on one thread.
+
+    Two threads take 1.2 ms where one takes 1.4, but wait for each other at every chunk: beside a loader's threads, or
+    another process, up to 500 ms (OpenMP spins; two Zen 4 cores).
 
     Zen 5, CPU ms of one thread, batch 32 of 224 px to bf16: unmixed 1.4, Mixup 2.6, CutMix 2.1; the reference takes
     6.5, 29 and 34, compiled 4.4, 5.5 and 7.2. Calls cost 2 to 8 us an image, too much only below about 50 px.

@@ -139,7 +139,7 @@ def preflight(settings: RunConfig) -> Index:
     _check_machine(settings)
     _check_ray(settings)
     _check_deepspeed(settings)
-    loader_kind(settings.data)
+    loader_kind(settings.data, dist.local_device())
     plan = worker.plan_of(settings)
     index = worker.data_index(settings)
     if plan.pretrained:

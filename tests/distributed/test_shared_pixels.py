@@ -18,11 +18,11 @@ from tldist import dist
 from tldist.config import DataConfig
 from tldist.data import pixels as cache
 from tldist.data.batches import Worker, train_batches
+from tldist.data.decode import read_rgb
 from tldist.data.index import build_index
 from tldist.data.loader import open_loader
 from tldist.data.pixels import NAME, Pixels, open_pixels
 from tldist.data.presets import PRESETS
-from tldist.data.torchvision_loader import read_rgb
 
 CPU = torch.device("cpu")
 

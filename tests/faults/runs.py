@@ -55,7 +55,7 @@ class Bench:
         flags = f"""--strategy.name gradual --train.epochs {self.epochs} --train.precision fp32 --train.ema 0.9
             --data.image-size 48 --data.batch-size {BATCH} --data.mixup 0.4 --data.cutmix 1.0 --optim.schedule onecycle
             --data.train-images-per-class {self.images_per_class} --checkpoint.steps {SAVE_EVERY} --checkpoint.keep 2
-            --tracking.wandb disabled --tracking.log-every 1"""
+            --data.on-bad-image skip --tracking.wandb disabled --tracking.log-every 1"""
         return [*flags.split(), "--data.root", str(self.data), "--model.weights", self.weights]
 
 

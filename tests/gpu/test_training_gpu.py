@@ -17,7 +17,7 @@ from tldist.data.loader import loader_kind, open_loader
 from tldist.data.presets import PRESETS, AugmentSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DALI = pytest.mark.skipif(loader_kind(DataConfig()) != "dali", reason="DALI is not installed")
+DALI = pytest.mark.skipif(loader_kind(DataConfig(), torch.device("cuda")) != "dali", reason="DALI is not installed")
 LOADERS = ["torchvision", pytest.param("dali", marks=DALI)]
 
 

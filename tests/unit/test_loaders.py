@@ -134,9 +134,12 @@ def test_each_operation_of_a_policy_is_dalis(photos: Path, policy: PolicyName, o
     assert changed == 0 if op == "identity" else changed > 1
 
 
-def test_auto_takes_dali_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert loaders.loader_kind(DataConfig()) == "dali"
+def test_auto_takes_dali_on_gpus_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    assert loaders.loader_kind(DataConfig(), cuda) == "dali"
+    assert loaders.loader_kind(DataConfig(), CPU) == "torchvision"
+    assert loaders.loader_kind(DataConfig(loader="dali"), CPU) == "dali"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert loaders.loader_kind(DataConfig()) == "torchvision"
+    assert loaders.loader_kind(DataConfig(), cuda) == "torchvision"
     with pytest.raises(UserError, match="DALI is not installed"):
-        loaders.loader_kind(DataConfig(loader="dali"))
+        loaders.loader_kind(DataConfig(loader="dali"), CPU)

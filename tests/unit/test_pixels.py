@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as v2
 
 from tldist import config, worker
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
@@ -24,11 +25,12 @@ from tldist.data import pixels as cache
 from tldist.data.augment import draw_views, evaluation_sizes
 from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
+from tldist.data.decode import read_rgb
 from tldist.data.index import Index, build_index
 from tldist.data.loader import Read, open_loader
 from tldist.data.pixels import NAME, Pixels, available_memory, open_pixels
 from tldist.data.presets import PRESETS, AugmentSpec
-from tldist.data.torchvision_loader import TorchvisionLoader, read_rgb
+from tldist.data.torchvision_loader import TorchvisionLoader
 
 CPU = torch.device("cpu")
 SIDE = 40
@@ -110,7 +112,7 @@ def test_what_is_kept_is_shrunk_and_never_enlarged(mixed: Path, tmp_path: Path) 
     np.testing.assert_allclose(after[large].max(1) / SHORT, before[large].max(1) / before[large].min(1), rtol=1 / SHORT)
     assert made.train is not None
     for i, path in enumerate(index.train.paths):
-        image = made.train(i, mixed / path)
+        image = made.train(i, mixed / path, [0, 0, *after[i].tolist()])
         assert list(image.shape[1:]) == after[i].tolist()
         assert image.permute(1, 2, 0).is_contiguous()  # what torch resizes fastest
 
@@ -131,8 +133,9 @@ def test_crops_are_drawn_on_what_is_kept(mixed: Path, tmp_path: Path) -> None:
         box, size = plan.views.box_N4, made.index.train.sizes_N2[plan.ids_N]
         assert (box[:, :2] + box[:, 2:] <= size).all()
     assert made.train is not None
-    kept = [made.train(i, mixed / path).clone() for i, path in enumerate(made.index.train.paths)]
-    from_copies = shown(mixed, plans, BASIC, lambda position, _: kept[position])
+    boxes = [[0, 0, *size] for size in made.index.train.sizes_N2.tolist()]
+    kept = [made.train(i, mixed / path, boxes[i]).clone() for i, path in enumerate(made.index.train.paths)]
+    from_copies = shown(mixed, plans, BASIC, lambda position, _, box: v2.crop(kept[position], *box))
     assert torch.equal(shown(mixed, plans, BASIC, made.train), from_copies)
     assert not torch.equal(shown(mixed, training(made.index, epoch=1), BASIC, made.train), from_copies)
 

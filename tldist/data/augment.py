@@ -49,12 +49,15 @@ class Views:
     """Empty boxes where nothing is erased."""
 
     def __getitem__(self, i: int) -> Views:
-        """The i-th image's view, still with a leading dimension of 1."""
-        return self.take([i])
+        """The i-th image's view, still with a leading dimension of 1; it shares memory."""
+        return Views(*(getattr(self, name)[i : i + 1] for name in _FIELDS))
 
     def take(self, rows: Sequence[int]) -> Views:
         """The views of some images, in the order asked for."""
-        return Views(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return Views(*(getattr(self, name)[rows] for name in _FIELDS))
+
+
+_FIELDS = tuple(field.name for field in fields(Views))
 
 
 def uniforms(seed: int, epoch: int, ids_N: np.ndarray, count: int) -> np.ndarray:

@@ -26,8 +26,9 @@ ERASED = (124, 116, 104)
 POLICY_FILL = 128
 """What a policy's shifts and turns leave empty, as in DALI's library."""
 
-Read = Callable[[int, Place], Tensor]
-"""(position in the split, file or tar's member) -> its image as uint8 RGB (C, H, W), upright."""
+Read = Callable[[int, Place, list[int]], Tensor]
+"""(position in the split, file or tar's member, box) -> that box (top, left, height, width) of its image, upright, as
+uint8 RGB (C, height, width)."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,19 @@ class Loader(Protocol):
         ...
 
 
-def loader_kind(config: DataConfig) -> str:
-    """The kind that `auto` stands for. Raises UserError where DALI is asked for and absent."""
+def loader_kind(config: DataConfig, device: torch.device) -> str:
+    """The kind that `auto` stands for. Raises UserError where DALI is asked for and absent.
+
+    DALI's gain is the GPU's decoder. On CPUs torchvision's resizing and a decoder that works on the crop alone are
+    faster: `tldist bench loaders`, docs/results.md.
+    """
     has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
     if config.loader == "dali" and not has_dali:
         raise UserError(
             "--data.loader dali, but NVIDIA DALI is not installed: install nvidia-dali-cuda130, or use auto"
         )
     if config.loader == "auto":
-        return "dali" if has_dali else "torchvision"
+        return "dali" if has_dali and device.type == "cuda" else "torchvision"
     return config.loader
 
 
@@ -90,7 +95,7 @@ def open_loader(
     """
     bad = bad or BadImages()
     root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config)
-    if read is None and loader_kind(config) == "dali":
+    if read is None and loader_kind(config, device) == "dali":
         from tldist.data.dali import DaliLoader
 
         tars = is_shards(root) if in_shards is None else in_shards

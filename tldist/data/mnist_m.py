@@ -17,9 +17,9 @@ from tldist.config import UserError
 from tldist.data.archives import Report, find, read_gz, unpack
 from tldist.data.augment import uniforms
 from tldist.data.datasets import DATASETS, idx_array, scratch_beside
+from tldist.data.decode import read_rgb
 from tldist.data.index import IMAGE_SUFFIXES
 from tldist.data.sharding import write_arrays
-from tldist.data.torchvision_loader import read_rgb
 
 SIDE = 32
 _DIGITS = tuple("0123456789")

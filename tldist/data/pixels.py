@@ -29,10 +29,11 @@ from torch import Tensor
 from tldist import dist
 from tldist.config import DataConfig
 from tldist.data.augment import evaluation_sizes
+from tldist.data.decode import read_rgb
 from tldist.data.index import Index, Split
 from tldist.data.loader import Read
 from tldist.data.shards import Place
-from tldist.data.torchvision_loader import read_rgb, resized_crop
+from tldist.data.torchvision_loader import resized
 
 NAME = "tldist-pixels"
 """What the memory is called in /proc/PID/maps."""
@@ -80,8 +81,8 @@ class SplitPixels:
         self._filled_N, self._pixels_B = np.split(buffer_B, [len(kept)])
         self._ends_N = _ends(kept)
 
-    def read(self, position: int, place: Place) -> Tensor:
-        """Uint8 RGB (C, H, W): a view of the shared pixels, not to be written to. Decodes `place` if it must."""
+    def read(self, position: int, place: Place, box: list[int]) -> Tensor:
+        """A box as uint8 RGB (C, H, W): a view of the shared pixels, not to be written to. Decodes where it must."""
         height, width = self.kept.sizes_N2[position].tolist()
         end = self._ends_N[position]
         pixels_HWC = self._pixels_B[end - 3 * height * width : end].reshape(height, width, 3)
@@ -89,14 +90,15 @@ class SplitPixels:
         if not self._filled_N[position]:
             image_CHW.copy_(self._decode(position, place))
             self._filled_N[position] = 1  # only now: another worker may be looking
-        return image_CHW
+        top, left, height, width = box
+        return image_CHW[:, top : top + height, left : left + width]
 
     def _decode(self, position: int, place: Place) -> Tensor:
         size, found = self.kept.sizes_N2[position].tolist(), self.found.sizes_N2[position].tolist()
         image_CHW = read_rgb(place)
         if list(image_CHW.shape[1:]) != found:
             raise ValueError(f"its size is {list(image_CHW.shape[1:])}, not {found} as when it was checked")
-        return resized_crop(image_CHW, [0, 0, *found], size)
+        return resized(image_CHW, size)
 
 
 def _kept(split: Split, image_size: int) -> Split:

@@ -21,9 +21,10 @@ from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
 from tldist.config import UserError
+from tldist.data.decode import read_rgb
 from tldist.data.index import SPLITS, Index, Split
 from tldist.data.shards import CLASSES, MANIFEST, UNFINISHED, Row, is_shards, is_unfinished, manifest, read_bytes
-from tldist.data.torchvision_loader import read_rgb, resized_crop
+from tldist.data.torchvision_loader import resized
 from tldist.data.verify import Progress, num_workers
 
 IMAGES_PER_SHARD = 1000
@@ -217,7 +218,7 @@ def encode(root: str, split: Split, i: int, size: int) -> Encoded:
         raise UserError(f"{path} changed while the shards were being written: start again")
     scale = size / min(height, width)
     small = max(size, round(height * scale)), max(size, round(width * scale))
-    small_CHW = resized_crop(image_CHW, [0, 0, height, width], list(small))
+    small_CHW = resized(image_CHW, list(small))
     jpeg_B: Tensor = encode_jpeg(small_CHW, quality=QUALITY)  # type: ignore[assignment]
     return Encoded(jpeg_B.numpy().tobytes(), small, len(data))
 

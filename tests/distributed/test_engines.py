@@ -70,9 +70,8 @@ CASES: dict[str, dict[str, Any]] = {
         "train": TEN_STEPS,
         "optim": replace(SGD, base_lr=0.02),
     },
-    "dann_adamw": {
+    "dann_in_parts": {
         "strategy": StrategyConfig(name="dann", discriminator_units=16),
-        "optim": ADAMW,
         "train": replace(FP32, accumulate=2),
     },
     "mmd": {"strategy": StrategyConfig(name="mmd", align_at="layer3"), "train": TEN_STEPS},

@@ -17,6 +17,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("tldist.transfer_gain",),
     ("tldist.dist", "tldist.hang"),
     ("tldist.watchdog",),
+    ("tldist.digit_nets",),
     ("tldist.backbones", "tldist.plan"),
     ("tldist.optim", "tldist.objectives"),
     ("tldist.data", "tldist.batchnorm", "tldist.features"),

@@ -1,4 +1,4 @@
-"""torchvision backbones as an ordered sequence of stages that can be cut at any boundary.
+"""Backbones, torchvision's and a few small ones, as an ordered sequence of stages that can be cut at any boundary.
 
 A stage is named (`stem`, `layer1`, ..., `head`) and its name is the first part of every parameter name inside
 tldist: `layer4.0.conv1.weight`. Files hold torchvision's own names; `StagedModel` keeps the translation.
@@ -11,7 +11,7 @@ import urllib.error
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import safetensors.torch
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer, interpolate_embeddings
 
 from tldist.config import ModelConfig, UserError, nearest
+from tldist.digit_nets import DigitNet
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
@@ -40,10 +41,18 @@ class Segment(nn.Module):
         """The stages by name, in order."""
         return dict(self.named_children())
 
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self.children():
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, tap: str) -> tuple[Tensor, Tensor]: ...
+    def forward(self, x: Tensor, tap: str = "") -> Tensor | tuple[Tensor, Tensor]:
+        """The last stage's output; with `tap` also that of the stage of this name."""
+        tapped = x
+        for name, stage in self.named_children():
             x = stage(x)
-        return x
+            if name == tap:
+                tapped = x
+        return (x, tapped) if tap else x
 
 
 class StagedModel(Segment):
@@ -144,6 +153,10 @@ def _vit(net: Any) -> dict[str, nn.Module]:
     return {"embed": _Embed(net), **blocks, HEAD: head}
 
 
+def _digits(net: Any) -> dict[str, nn.Module]:
+    return {**net.stage_modules(), HEAD: nn.Sequential(OrderedDict(fc5=net.fc5))}
+
+
 _STAGES: dict[str, Callable[[Any], dict[str, nn.Module]]] = {
     "resnet18": _resnet,
     "resnet50": _resnet,
@@ -152,6 +165,8 @@ _STAGES: dict[str, Callable[[Any], dict[str, nn.Module]]] = {
     "efficientnet_b7": _efficientnet,
     "convnext_base": _convnext,
     "vit_b_16": _vit,
+    "dann_mnist": _digits,
+    "dann_mnist_bn": _digits,
 }
 # Where torchvision keeps the final linear layer: (owner module, name inside it).
 _CLASSIFIER = {
@@ -159,12 +174,14 @@ _CLASSIFIER = {
     "efficientnet": ("classifier", "1"),
     "convnext": ("classifier", "2"),
     "vit": ("heads", "head"),
+    "dann": ("", "fc5"),
 }
 _STAGE_NAMES = {
     "resnet": ("stem", "layer1", "layer2", "layer3", "layer4", HEAD),
     "efficientnet": ("stem", "blocks2", "blocks3", "blocks4", "blocks5", HEAD),
     "convnext": ("stem", "layer1", "layer2", "layer3", "layer4", HEAD),
     "vit": ("embed", "blocks1", "blocks2", "blocks3", "blocks4", HEAD),
+    "dann": ("conv1", "conv2", "fc3", "fc4", HEAD),
 }
 
 
@@ -193,7 +210,7 @@ def build(config: ModelConfig, num_classes: int, image_size: int, seed: int, pre
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = _torchvision_net(config.name, image_size)
+        net = _net(config.name, image_size)
         if pretrained and config.weights != "none":
             _load_backbone(net, config, image_size)
         owner, leaf = _classifier_place(net, config.name)
@@ -201,7 +218,9 @@ def build(config: ModelConfig, num_classes: int, image_size: int, seed: int, pre
     return StagedModel(_STAGES[config.name](net), net)
 
 
-def _torchvision_net(name: str, image_size: int) -> nn.Module:
+def _net(name: str, image_size: int) -> nn.Module:
+    if name.startswith("dann"):
+        return DigitNet(image_size, batchnorm=name.endswith("_bn"))
     extra = {"image_size": image_size} if name.startswith("vit") else {}
     return torchvision.models.get_model(name, weights=None, **extra)
 
@@ -259,6 +278,8 @@ def read_weights(config: ModelConfig) -> dict[str, Tensor]:
     path = Path(config.weights).expanduser()
     if path.suffix in {".safetensors", ".pth", ".pt"} or path.is_file():
         return _read_file(path)
+    if config.name.startswith("dann"):
+        raise UserError(f"there are no published weights of {config.name}: give --model.weights a file, or none")
     enum = torchvision.models.get_model_weights(config.name)
     known = [name for name in enum.__members__ if name != "DEFAULT"]
     if config.weights != "default" and config.weights not in known:

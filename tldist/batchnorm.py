@@ -1,4 +1,4 @@
-"""BatchNorm's three policies: layers in train mode, statistics that moved, and statistics over all workers."""
+"""BatchNorm's policies: layers in train mode, statistics that moved, statistics over all workers, or of each domain."""
 
 from __future__ import annotations
 
@@ -106,7 +106,33 @@ def synchronise(network: nn.Module, device: torch.device) -> None:
 
 def unsynchronise(network: nn.Module) -> None:
     """The reverse: plain BatchNorm2d, which folds into convolutions."""
-    _convert(network, (nn.SyncBatchNorm, WorkerBatchNorm), nn.BatchNorm2d)
+    _convert(network, (nn.SyncBatchNorm, WorkerBatchNorm, DomainBatchNorm2d), nn.BatchNorm2d)
+
+
+class _OfDomain(BatchNorm):
+    """In training, each half of the batch is normalised by its own statistics; those of the second, the target's, are
+    kept, and evaluation uses them (as in domain-specific BatchNorm: Chang et al., 2019, but with shared weights)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        source, target = input.chunk(2)
+        source = nn.functional.batch_norm(source, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        return torch.cat([source, super().forward(target)])
+
+
+class DomainBatchNorm1d(_OfDomain, nn.BatchNorm1d):
+    """BatchNorm1d for batches of source and target images."""
+
+
+class DomainBatchNorm2d(_OfDomain, nn.BatchNorm2d):
+    """BatchNorm2d for batches of source and target images."""
+
+
+def part_by_domain(network: nn.Module) -> None:
+    """Let every BatchNorm of `network` normalise the two domains of a batch apart; the parameters stay the same."""
+    _convert(network, (nn.BatchNorm1d,), DomainBatchNorm1d)
+    _convert(network, (nn.BatchNorm2d,), DomainBatchNorm2d)
 
 
 def _convert(network: nn.Module, old: tuple[type[BatchNorm], ...], new: type[BatchNorm]) -> None:

@@ -62,6 +62,8 @@ class TrainState:
     optimizer: OptimizerState = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     """The moving average of what trains, by parameter and buffer name; empty without --train.ema."""
+    objective: dict[str, Tensor] = field(default_factory=dict)
+    """Parameters that the objective itself trains (a discriminator), by name; most have none."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """fp16's loss scale; empty otherwise."""
     workers: dict[str, Tensor] = field(default_factory=dict)
@@ -115,11 +117,12 @@ def snapshot(
 
     model.safetensors: what is evaluated, under torchvision's names; live.safetensors: what trains on, where that is
     another (a moving average is evaluated); optimizer.safetensors: `parameter/key`; workers.safetensors: what each
-    worker has alone, inside an epoch; state.json: the rest.
+    worker has alone, inside an epoch; objective.safetensors: what the objective itself trains; state.json: the rest.
     """
     moments = {f"{name}/{key}": t for name, tensors in state.optimizer.items() for key, t in tensors.items()}
     files = {"model": model, "optimizer": moments}
-    files |= {file: named for file, named in {"live": live, "workers": state.workers}.items() if named}
+    more = {"live": live, "workers": state.workers, "objective": state.objective}
+    files |= {file: named for file, named in more.items() if named}
     scalars = dataclasses.asdict(dataclasses.replace(state, **{name: {} for name in _TENSORS}))
     for own in _TENSORS:
         del scalars[own]
@@ -132,7 +135,7 @@ def snapshot(
     return Snapshot(name, tensors, {"state.json": json.dumps({**extra, **scalars}, indent=1)})
 
 
-_TENSORS = ("optimizer", "average", "workers")
+_TENSORS = ("optimizer", "average", "workers", "objective")
 
 
 def save(folder: Path, names: Sequence[str], contents: Snapshot, keep: int) -> None:
@@ -303,9 +306,17 @@ def read_state(checkpoint: Path) -> tuple[TrainState, dict[str, Any]]:
     told = json.loads((checkpoint / "state.json").read_text())
     own = {f.name: told.pop(f.name) for f in dataclasses.fields(TrainState) if f.name in told}
     own |= {name: Plateau(**own[name]) for name in ("phase_plateau", "run_plateau")}
-    workers = checkpoint / "workers.safetensors"
-    rows = safetensors.torch.load_file(workers) if workers.exists() else {}
-    return TrainState(**own, optimizer=read_optimizer(checkpoint), workers=rows), told
+    rows, objective = _read(checkpoint / "workers.safetensors"), read_objective(checkpoint)
+    return TrainState(**own, optimizer=read_optimizer(checkpoint), workers=rows, objective=objective), told
+
+
+def read_objective(checkpoint: Path) -> dict[str, Tensor]:
+    """What the objective itself trained, by name."""
+    return _read(checkpoint / "objective.safetensors")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(file) if file.exists() else {}
 
 
 def read_optimizer(checkpoint: Path) -> OptimizerState:

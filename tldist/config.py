@@ -25,6 +25,8 @@ ModelName = Literal[
     "efficientnet_b7",
     "convnext_base",
     "vit_b_16",
+    "dann_mnist",
+    "dann_mnist_bn",
 ]
 StrategyName = Literal[
     "scratch",
@@ -36,11 +38,25 @@ StrategyName = Literal[
     "lp_ft",
     "gradual",
     "by_hand",
+    "source_only",
+    "target_only",
+    "mmd",
+    "dann",
 ]
 Precision = Literal["bf16", "fp16", "fp32"]
 
-STRATEGIES: tuple[StrategyName, ...] = tuple(name for name in get_args(StrategyName) if name != "by_hand")
-"""Those that need no plan from the user."""
+DOMAINS: dict[StrategyName, tuple[str, ...]] = {
+    "source_only": ("source",),
+    "target_only": ("target",),
+    "mmd": ("source", "target"),
+    "dann": ("source", "target"),
+}
+"""Strategies between two data sets, and which of them training shows: labelled the first, unlabelled the second.
+All are evaluated on the target."""
+STRATEGIES: tuple[StrategyName, ...] = tuple(
+    name for name in get_args(StrategyName) if name != "by_hand" and name not in DOMAINS
+)
+"""Those that need no plan from the user, and one data set."""
 
 
 class UserError(ValueError):
@@ -69,7 +85,7 @@ class ModelConfig(Section):
     """The backbone and its new head."""
 
     name: ModelName = "resnet18"
-    """A torchvision backbone."""
+    """A torchvision backbone, or a small network for digits: dann_mnist (Ganin et al., 2016), _bn with BatchNorm."""
     weights: str = "default"
     """A torchvision weights name (default: its best), a .safetensors or .pth file, a run directory, or none."""
     head: Literal["linear", "mlp", "mlp_bn"] = "linear"
@@ -106,6 +122,14 @@ class StrategyConfig(Section):
     phases: tuple[str, ...] = ()
     """by_hand: one '[EPOCHS:] PATTERN=MULTIPLE|frozen, ...' per phase; the first pattern that fits a parameter wins.
     A pattern is a stage, norm (every normalisation layer), or a name with * ('layer1.0.*')."""
+    align_at: str = ""
+    """mmd and dann: the stage at whose output the domains are made alike (default: the last before the head)."""
+    align_weight: float = 1.0
+    """mmd: weight of MMD^2; dann: of the reversed gradient. Both grow from 0 to this as 2 / (1 + exp(-10 p)) - 1."""
+    discriminator_units: int = 256
+    """dann: width of the discriminator's two hidden layers."""
+    discriminator_lr: float = 1.0
+    """dann: the discriminator's learning rate as a multiple of the head's."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +137,8 @@ class DataConfig(Section):
     """The image folder or shards, how they are read, and what is done to the images."""
 
     root: str = ""
-    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train-*.tar and val-*.tar (`tldist data shard`)."""
+    """Folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with train-*.tar and val-*.tar (`tldist data shard`).
+    source_only, target_only, mmd and dann: a folder with two such folders, source and target."""
     batch_size: int = 32
     """Images per optimizer step, over all workers together."""
     image_size: int = 224
@@ -195,9 +220,9 @@ class TrainConfig(Section):
     """bf16 and fp16 run under autocast with fp32 master weights; fp16 scales the loss and needs a GPU."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes."""
-    batchnorm: Literal["train", "eval", "sync"] = "train"
-    """BatchNorm in stages that train: a worker's batch statistics, the source's (eval), or those of all workers'
-    batches together (sync). Frozen stages are always eval."""
+    batchnorm: Literal["train", "eval", "sync", "domain"] = "train"
+    """BatchNorm in stages that train: a worker's batch statistics, the source's (eval), those of all workers'
+    batches together (sync), or (mmd, dann) each domain's own, the target's being kept. Frozen stages: always eval."""
     accumulate: int = 1
     """Pass each worker's share of a batch through the network in this many parts: the same step in less memory."""
     ema: float = 0.0

@@ -200,6 +200,16 @@ def largest(value: float, device: torch.device) -> float:
     return float(gather_rows(torch.tensor([[value]], dtype=torch.float64, device=device)).max())
 
 
+def all_rows(rows_NK: torch.Tensor) -> torch.Tensor:
+    """All workers' rows, one below the other, on every worker; each has as many. Does not wait for the device."""
+    if world_size() == 1:
+        return rows_NK
+    rows_NK = rows_NK.contiguous()
+    parts = [torch.empty_like(rows_NK) for _ in range(world_size())]
+    td.all_gather(parts, rows_NK)
+    return torch.cat(parts)
+
+
 def gather_rows(rows_NK: torch.Tensor) -> torch.Tensor:
     """All workers' rows, one below the other, on every worker; the numbers of rows may differ."""
     if world_size() == 1:

@@ -122,8 +122,7 @@ def measure(settings: RunConfig, sweep: Sweep, progress: Callable[[Iterable[floa
     try:
         return Curve(sweep, tuple(_climb(parts, sweep, progress(sweep.rates))))
     finally:
-        parts.train_loader.close()
-        parts.eval_loader.close()
+        parts.close_loaders()
         parts.saver.close()
 
 

@@ -187,6 +187,7 @@ def restore_best(run: Run, state: TrainState) -> None:
     best = checkpoint.best(run.saver.folder)
     run.model.load_torchvision_state(checkpoint.read_weights(best))
     state.optimizer, state.average = checkpoint.read_optimizer(best), {}
+    state.objective = checkpoint.read_objective(best)
     dist.barrier()
     run.log.write("notice", text=f"the weights of epoch {state.best_epoch}, the best on validation, are back")
 
@@ -224,7 +225,7 @@ def train_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
             run.watchdog.beat("computing")
             train_step(run, live, state.step, batch, factor_at(run, live, state, state.step))
             state.step += 1
-            live.clock.step(config.data.batch_size)
+            live.clock.step(run.images_per_step)
             if epoch_step % config.tracking.log_every == 0 or epoch_step == steps:
                 log_training(run, live, state, epoch_step)
             obey(run, live, result, is_last=epoch_step == steps)
@@ -298,7 +299,7 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
     seed_default_generators(generator)
     kept = flat(live.moving) if live.moving else None
     mix = draw_mix(data, len(batch.labels_N), generator)
-    targets = mixed_targets(batch.labels_N, mix)
+    targets = mixed_targets(batch.labels_N, mix, step / run.total_steps)
     if mix is not None and data.mix_at == "cut":
         passes(run, live, mix_features(inputs.encode(inputs.inputs(batch)), mix), targets, lambda x: x)
     else:
@@ -324,15 +325,24 @@ def seed_default_generators(generator: torch.Generator) -> None:
 
 
 def passes(run: Run, live: LivePhase, x: Tensor, targets: Targets, encode: Callable[[Tensor], Tensor]) -> None:
-    """The step's images through the network, in as many parts as gradients accumulate over."""
-    n, parts = len(x), -(-len(x) // run.pass_size)
+    """The step's images through the network, in as many parts as gradients accumulate over.
+
+    Where the step shows two domains, the images of one lie behind those of the other, and a part has rows of both.
+    """
+    n = len(targets.labels_N)
+    parts, domains = -(-n // run.pass_size), x.split(n)
     for i in range(parts):  # of nearly equal size: BatchNorm should not see the rest alone
         part = slice(i * n // parts, (i + 1) * n // parts)
         of_part = targets if parts == 1 else targets.part(part)
         output = live.engine.forward_backward(
-            encode(x[part]), of_part, len(of_part.labels_N) / n, reduce=i == parts - 1
+            encode(_rows(domains, part)), of_part, len(of_part.labels_N) / n, reduce=i == parts - 1
         )
         live.meter.update(output, of_part)
+
+
+def _rows(domains: Sequence[Tensor], part: slice) -> Tensor:
+    """The same rows of every domain."""
+    return domains[0][part] if len(domains) == 1 else torch.cat([images[part] for images in domains])
 
 
 def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) -> None:
@@ -396,7 +406,8 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     live.agree_on_statistics()
     averages = {} if live.average is None else live.average.state()
     averages = {f"average of {name}": tensor for name, tensor in averages.items()}
-    result.replica_spread = dist.replica_spread({**run.model.state_dict(), **averages})
+    own = {f"objective's {name}": tensor for name, tensor in live.engine.objective.own_state().items()}
+    result.replica_spread = dist.replica_spread({**run.model.state_dict(), **averages, **own})
     evaluation = evaluate_model(run, live)
     run.watchdog.beat("saving")
     state.val_top1 = evaluation.top1
@@ -446,6 +457,7 @@ def save_checkpoint(
     state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
     state.scaler = run.numbers.scaler.state_dict()
     state.average = {} if live.average is None else live.average.state()
+    state.objective = live.engine.objective.own_state()
     state.workers = live.own() if done else {}
     run.control.saved()
     if dist.is_main():

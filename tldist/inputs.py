@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tldist import dist, features
 from tldist.backbones import IMAGE_MEAN, IMAGE_STD, Segment
-from tldist.data.batches import eval_batches, eval_ids, fill_batches, train_batches, train_ids
+from tldist.data.batches import eval_batches, eval_ids, fill_batches, target_batches, train_batches, train_ids
 from tldist.data.loader import Batch, loader_kind
 from tldist.data.mixing import Mix
 from tldist.data.presets import augment_spec
@@ -102,6 +102,51 @@ class ImageInputs:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A batch of the source and one of the target, as large; only the source's labels are looked at."""
+
+    source: Batch
+    target: Batch
+
+    @property
+    def labels_N(self) -> Tensor:
+        """The source's."""
+        return self.source.labels_N
+
+    @property
+    def ids_N(self) -> np.ndarray:
+        """The source's."""
+        return self.source.ids_N
+
+
+class PairedInputs(ImageInputs):
+    """Source and target side by side in training, each in an order of its own; the target alone in evaluation."""
+
+    def train(self, epoch: int, first: int = 0) -> Iterator[Any]:
+        """An epoch is the source's; the target goes on where the last epoch left it."""
+        run, config = self.run, self.run.config
+        assert run.index.target is not None
+        assert run.target_loader is not None
+        target = target_batches(
+            run.index.target,
+            augment_spec(config.data.augment),
+            config.data.image_size,
+            config.data.batch_size,
+            config.seed,
+            range(epoch * run.steps_per_epoch + first, (epoch + 1) * run.steps_per_epoch),
+            run.worker,
+            config.data.shuffle_window,
+        )
+        return map(Pair, super().train(epoch, first), run.target_loader.batches(target))
+
+    def inputs(self, batch: Any, mix: Mix | None = None) -> Tensor:
+        """Normalised images_NCHW, the target's behind the source's, which alone are mixed."""
+        if not isinstance(batch, Pair):
+            return super().inputs(batch, mix)
+        return torch.cat([super().inputs(batch.source, mix), super().inputs(batch.target)])
 
 
 def to_input(images_NHWC: Tensor, dtype: torch.dtype, mix: Mix | None = None) -> Tensor:
@@ -202,7 +247,7 @@ class CachedInputs:
 
 def open_inputs(run: Run, frozen: Segment, prefix: Prefix) -> Inputs:
     """Features where the config wants them kept, something is frozen, and they fit; else images."""
-    images = ImageInputs(run, prefix)
+    images = ImageInputs(run, prefix) if run.index.target is None else PairedInputs(run, prefix)
     if not run.config.cache.views:
         return images
     if prefix.is_empty:

@@ -23,15 +23,15 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """One group per trainable stage, rate and kind of decay; frozen parameters are in none.
 
-    Parameter names begin with their stage; names of the objective's own parameters begin with `objective` and
-    train at the base rate. Biases and normalisation parameters (one dimension) are not decayed (Goyal et al.,
-    2017; He et al., 2019); nor are pre-trained weights under L2-SP or EWC, which take the decay's place there. Raises
-    ValueError if a parameter that requires a gradient belongs to no trainable stage, or the reverse.
+    Parameter names begin with their stage; names of the objective's own parameters begin with `objective`. Biases and
+    normalisation parameters (one dimension) are not decayed (Goyal et al., 2017; He et al., 2019); nor are pre-trained
+    weights under L2-SP or EWC, which take the decay's place there. Raises ValueError if a parameter that requires a
+    gradient belongs to no trainable stage, or the reverse.
     """
     groups: dict[tuple[str, float, float], dict[str, Any]] = {}
     for name, parameter in parameters:
         stage = name.split(".", 1)[0]
-        multiple = 1.0 if stage == "objective" else phase.multiple(name)
+        multiple = phase.multiple(name)
         if (multiple > 0) != parameter.requires_grad:
             raise ValueError(f"'{name}' requires_grad={parameter.requires_grad}, but its rate is {multiple}")
         if not parameter.requires_grad:

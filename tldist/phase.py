@@ -14,14 +14,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist import dist
 from tldist.backbones import Segment, StagedModel
-from tldist.batchnorm import flat, moved_statistics, set_modes, synchronise
+from tldist.batchnorm import flat, moved_statistics, part_by_domain, set_modes, synchronise
 from tldist.checkpoint import Plateau, TrainState
 from tldist.engine import Engine, build_engine, compiles
 from tldist.flops import StepFlops, count_flops
 from tldist.inputs import Inputs, open_inputs, to_input
 from tldist.metrics import ThroughputClock, TrainMeter, reset_peak_memory
+from tldist.objectives import Ingredients, build_objective
 from tldist.objectives.anchor import AnchorPenalty
-from tldist.objectives.supervised import Supervised
+from tldist.objectives.base import Objective
+from tldist.objectives.domains import rows_of
 from tldist.plan import Phase
 from tldist.prefix import Prefix
 from tldist.run import Run
@@ -163,18 +165,38 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     frozen, network = run.model.cut(run.plan.cut(index))
     if config.train.batchnorm == "sync" and run.worker.world_size > 1:
         synchronise(network, run.numbers.device)
+    if config.train.batchnorm == "domain" and run.index.target is not None:
+        part_by_domain(network)
     prefix = Prefix(frozen, run.numbers.dtype)
     flops = count_flops(list(frozen.children()), network, config.data.image_size)
     compile_s = compile_phase(run, phase, prefix, network, flops)
     inputs = open_inputs(run, frozen, prefix)
     if inputs.cached:
         flops = replace(flops, prefix=0.0)
-    objective = Supervised(network, config.train.label_smoothing, anchor_penalty(run, network))
+    objective = objective_of(run, network, prefix).to(run.numbers.device)
+    objective.load_own(state.objective)
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
     engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
     device = run.numbers.device
     clock, meter = ThroughputClock(device), TrainMeter(device)
     return LivePhase(index, phase, prefix, inputs, network, engine, clock, meter, flops, average, compile_s)
+
+
+def objective_of(run: Run, network: Segment, prefix: Prefix) -> Objective:
+    """What the strategy minimises, around what trains."""
+    config = run.config
+
+    @torch.no_grad()
+    def width(stage: str) -> int:
+        side = config.data.image_size
+        black = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=run.numbers.device)
+        with run.numbers.autocast():
+            _, output = network.eval().forward(prefix(to_input(black, run.numbers.dtype)), stage)
+        return rows_of(output).shape[1]
+
+    penalty = anchor_penalty(run, network)
+    smoothing = config.train.label_smoothing
+    return build_objective(Ingredients(network, config.strategy, smoothing, penalty, config.seed, width))
 
 
 def freeze(model: StagedModel, phase: Phase) -> None:

@@ -31,6 +31,8 @@ class Phase:
     """Begin with the weights as they are, or with the best so far."""
     optimizer_state: Literal["carry", "reset"] = "carry"
     """Begin with the optimizer's state of the phases before, or without any."""
+    own_multiple: float = 1.0
+    """The multiple of what the objective itself trains (a discriminator)."""
 
     @property
     def stages(self) -> dict[str, float]:
@@ -43,6 +45,8 @@ class Phase:
 
     def multiple(self, parameter: str) -> float:
         """The learning-rate multiple of a parameter (its name begins with its stage); 0.0 when frozen."""
+        if parameter.startswith("objective."):
+            return self.own_multiple
         table = dict(self.multiples)
         return table.get(parameter, table.get(parameter.split(".", 1)[0], 0.0))
 
@@ -110,6 +114,15 @@ def _partial(config: StrategyConfig, stages: Sequence[str], epochs: int) -> list
 def _full(config: StrategyConfig, stages: Sequence[str], epochs: int) -> list[Phase]:
     """Lecture 4.1: all stages."""
     return [Phase("all", epochs, _tail(config, stages, len(stages)))]
+
+
+def _two_domains(config: StrategyConfig, stages: Sequence[str], epochs: int) -> list[Phase]:
+    """Lecture 6: all stages; what makes the domains alike is the objective's."""
+    if config.align_at and config.align_at not in stages:
+        known = f"{nearest(config.align_at, stages)}: choose from {', '.join(stages)}"
+        raise UserError(f"--strategy.align-at: the model has no stage '{config.align_at}'{known}")
+    everything = _tail(config, stages, len(stages))
+    return [Phase(config.name, epochs, everything, own_multiple=config.discriminator_lr)]
 
 
 def _discriminative(config: StrategyConfig, stages: Sequence[str], epochs: int) -> list[Phase]:
@@ -268,4 +281,8 @@ _BUILDERS: dict[str, Callable[[StrategyConfig, Sequence[str], int], list[Phase]]
     "two_phase": _two_phase,
     "lp_ft": _lp_ft,
     "gradual": _gradual,
+    "source_only": _two_domains,
+    "target_only": _two_domains,
+    "mmd": _two_domains,
+    "dann": _two_domains,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from tldist.config import RunConfig, UserError
+from tldist.config import DOMAINS, RunConfig, UserError
 from tldist.data.presets import augment_spec
 
 
@@ -37,6 +37,9 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         "--train.accumulate": c.train.accumulate,
         "--train.max-skipped": c.train.max_skipped,
         "--checkpoint.keep": c.checkpoint.keep,
+        "--strategy.align-weight": c.strategy.align_weight,
+        "--strategy.discriminator-units": c.strategy.discriminator_units,
+        "--strategy.discriminator-lr": c.strategy.discriminator_lr,
     }
     not_negative = {
         "--data.mixup": c.data.mixup,
@@ -102,6 +105,10 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "use a multiple of 16",
         ),
         (
+            c.model.name.startswith("dann") and c.data.image_size < 16,
+            f"--data.image-size {c.data.image_size} leaves {c.model.name} nothing to pool: use 16 or more",
+        ),
+        (
             c.model.head == "mlp_bn" and _smallest_pass(c) < 2,
             f"--data.batch-size {batch} gives a worker one image at a time, and the BatchNorm of --model.head mlp_bn "
             "needs two: use a larger batch, less --train.accumulate, or another head",
@@ -133,6 +140,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "run in --model.weights, and another strategy than scratch",
         ),
         *_cache_rules(c),
+        *_domain_rules(c),
         (
             not 0 < c.strategy.decay <= 1,
             f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1",
@@ -140,6 +148,26 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
         (
             not 0 < c.strategy.first_phase < 1,
             f"--strategy.first-phase is {c.strategy.first_phase}: give a share between 0 and 1",
+        ),
+    ]
+
+
+def _domain_rules(c: RunConfig) -> list[tuple[bool, str]]:
+    """Two domains in one step."""
+    name, paired = c.strategy.name, len(DOMAINS.get(c.strategy.name, ())) > 1
+    return [
+        (
+            paired and c.cache.features != "off",
+            f"--cache.features keeps what a frozen prefix computes, and under {name} everything trains: leave it off",
+        ),
+        (
+            paired and c.data.mix_at == "cut" and c.data.mixup > 0,
+            f"--data.mix-at cut would mix source and target, which {name} tells apart: mix at input",
+        ),
+        (
+            name == "mmd" and _smallest_pass(c) < 2,
+            f"--data.batch-size {c.data.batch_size} gives a worker one image of each domain at a time, and the "
+            "unbiased MMD needs two: use a larger batch, or less --train.accumulate",
         ),
     ]
 

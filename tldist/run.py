@@ -42,6 +42,8 @@ class Run:
     """What L2-SP and EWC hold, and how hard; None without them."""
     watchdog: Watchdog = field(default_factory=Watchdog)
     """Hears of every step; one that was not started only listens."""
+    target_loader: Loader | None = None
+    """Of the second domain that training shows, unlabelled, where the strategy has one."""
     train_pixels: Read | None = None
     """What the training loader reads instead of files."""
     bad_images: BadImages = field(default_factory=BadImages)
@@ -62,9 +64,25 @@ class Run:
         """Optimizer steps in an epoch."""
         return steps_per_epoch(len(self.index.train.paths), self.config.data.batch_size)
 
+    def close_loaders(self) -> None:
+        """Stop their threads."""
+        for loader in (self.train_loader, self.eval_loader, self.target_loader):
+            if loader is not None:
+                loader.close()
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole plan, if it does not end early."""
+        return self.plan.epochs * self.steps_per_epoch
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that go through the network in one step, over all workers: as many of each domain."""
+        return self.config.data.batch_size * (1 if self.index.target is None else 2)
+
     @property
     def pass_size(self) -> int:
-        """Images that go through the network at once: a worker's share of a step, or a part of it.
+        """Images, of each domain, that go through the network at once: a worker's share of a step, or a part of it.
 
         As many as with the most workers that were asked for: fewer of them take more passes, in the same memory.
         """

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from tldist import backbones, config, control, dist
-from tldist.config import OptimConfig, RunConfig, UserError
+from tldist.config import DOMAINS, OptimConfig, RunConfig, UserError
 from tldist.control import Control, Stopped
 from tldist.data.bad_images import BadImages
-from tldist.data.index import Index, build_index, load_index, save_index, with_train_subset
-from tldist.data.loader import open_loader
+from tldist.data.domains import build_domains
+from tldist.data.index import Index, Split, build_index, load_index, save_index, with_train_subset
+from tldist.data.loader import Loader, Read, open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import AugmentSpec, augment_spec
 from tldist.engine import engine_kind, numerics
@@ -166,8 +167,7 @@ def _run(
             sink.write(error_event(error))
         raise
     finally:
-        parts.train_loader.close()
-        parts.eval_loader.close()
+        parts.close_loaders()
         if sink is not None:
             sink.close(exit_code)
         if monitor is not None:
@@ -199,13 +199,19 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
         pretrained=plan.pretrained,
     ).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loader(spec: AugmentSpec, split: Split, read: Read | None) -> Loader:
+        return open_loader(data, spec, share, device, read, bad, in_shards=split.members is not None)
+
+    spec = augment_spec(data.augment)
     return Run(
         config=settings,
         plan=plan,
         model=model,
         index=index,
-        train_loader=open_loader(data, augment_spec(data.augment), share, device, pixels.train, bad),
-        eval_loader=open_loader(data, AugmentSpec(), share, device, pixels.val, bad),
+        train_loader=loader(spec, index.train, pixels.train),
+        eval_loader=loader(AugmentSpec(), index.val, pixels.val),
+        target_loader=None if index.target is None else loader(spec, index.target, pixels.target),
         train_pixels=pixels.train,
         bad_images=bad,
         numbers=numbers,
@@ -251,7 +257,11 @@ def shared_index(settings: RunConfig) -> Index:
 
 def data_index(settings: RunConfig) -> Index:
     """The images the config asks for. Raises UserError, also for a batch that is larger than the training set."""
-    index = build_index(settings.data.root, settings.data.classes)
+    shown = DOMAINS.get(settings.strategy.name)
+    if shown is None:
+        index = build_index(settings.data.root, settings.data.classes)
+    else:
+        index = build_domains(settings.data.root, shown, settings.data.classes)
     bad = [item for item in index.skipped if item.is_bad_image]
     if bad and settings.data.on_bad_image == "error":
         raise UserError(
@@ -260,9 +270,12 @@ def data_index(settings: RunConfig) -> Index:
             "--data.on-bad-image skip"
         )
     index = with_train_subset(index, settings.data.train_images_per_class, settings.seed)
-    images, batch = len(index.train.paths), settings.data.batch_size
-    if batch > images:
-        raise UserError(f"--data.batch-size {batch} is more than the {images} training images: use {images} or fewer")
+    batch = settings.data.batch_size
+    for whose, split in (("", index.train), ("target's ", index.target)):
+        if split is not None and batch > (images := len(split)):
+            raise UserError(
+                f"--data.batch-size {batch} is more than the {whose}{images} training images: use {images} or fewer"
+            )
     return index
 
 
@@ -368,6 +381,7 @@ def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: fl
         "phases": len(result.phases),
         "per_phase": per_phase,
         "train_images": len(parts.index.train.paths),
+        "target_images": 0 if parts.index.target is None else len(parts.index.target),
         "val_images": len(parts.index.val.paths),
         "skipped_images": len(bad_at_check(parts.index) | parts.bad_images.reasons.keys()),
         "data_fingerprint": parts.index.fingerprint,

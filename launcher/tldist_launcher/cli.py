@@ -152,6 +152,7 @@ def _data(words: Sequence[str]) -> int:
         "check": data.check_command,
         "preview": data.preview_command,
         "shard": data.shard_command,
+        "make": data.make_command,
     }
     if not words or words[0] not in commands:
         given = words[0] if words else ""
@@ -245,7 +246,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (
         _data,
-        "data fetch NAME --root DIR | check | preview ROOT | shard ROOT OUT",
+        "data fetch NAME --root DIR | check | preview ROOT | shard ROOT OUT | make",
         "write a data set, look through or at one, or pack it into tar shards",
     ),
     "evaluate": (

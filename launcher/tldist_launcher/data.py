@@ -1,4 +1,4 @@
-"""`tldist data fetch`, `check`, `preview` and `shard`."""
+"""`tldist data fetch`, `check`, `preview`, `shard` and `make`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tldist.config import UserError, nearest
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
 from tldist.data.loader import open_loader
+from tldist.data.mnist_m import make_mnist_m
 from tldist.data.presets import augment_spec
 from tldist.data.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_folders, write_shards
 from tldist.data.shards import check_bytes, is_shards
@@ -100,6 +101,27 @@ def preview_command(words: Sequence[str]) -> int:
     return 0
 
 
+def make_command(words: Sequence[str]) -> int:
+    """`make mnist-m --mnist DIR --photos DIR --root OUT [--seed N]`: MNIST and MNIST-M from MNIST and photos."""
+    if not words or words[0] != "mnist-m":
+        raise UserError("name what to make: tldist data make mnist-m --mnist DIR --photos DIR --root OUT")
+    flags = parse_flags(words[1:], {"--mnist": "", "--photos": "", "--root": "", "--seed": "0"}, "data make mnist-m")
+    if missing := [flag for flag, value in flags.items() if not value]:
+        raise UserError(f"tldist data make mnist-m also needs {missing[0]}: it takes {', '.join(flags)}")
+    mnist, photos, out = (Path(flags[flag]).expanduser() for flag in ("--mnist", "--photos", "--root"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, transient=True, disable=not sys.stdout.isatty()) as bar:
+        task = bar.add_task("reading MNIST", total=None)
+
+        def report(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        root = make_mnist_m(mnist, photos, out, at_least("--seed", flags["--seed"], 0), report)
+    for domain in ("source", "target"):
+        print(f"{domain}: {root / domain}, fingerprint {build_index(root / domain).fingerprint}")
+    return 0
+
+
 def _print_index(index: Index) -> None:
     names = ", ".join(index.classes[:10]) + (", ..." if len(index.classes) > 10 else "")
     print(f"{index.root}: {len(index.classes)} classes ({names})")
@@ -134,4 +156,8 @@ HELP = f"""\
       --size: scale images whose short side is longer down to so many pixels there, as JPEGs of quality {QUALITY},
           upright; smaller ones are copied as they are. Without it all files are.
       --images-per-shard: at most so many in each tar (default {IMAGES_PER_SHARD}).
-      --seed: of the random order in which they are stored (default {SEED})."""
+      --seed: of the random order in which they are stored (default {SEED}).
+  make mnist-m --mnist DIR --photos DIR --root OUT [--seed N]
+      MNIST as OUT/source and MNIST-M as OUT/target, in shards: |patch of a photo - digit| in each channel, both splits,
+      the same bytes for the same seed, with checksums (`tldist data check OUT/target`).
+      --mnist: a folder with MNIST's four idx files; --photos: a folder or a tar of photos (published: BSDS500)."""

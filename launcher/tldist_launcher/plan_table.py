@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tldist import backbones
-from tldist.config import OptimConfig, RunConfig
+from tldist.config import DOMAINS, OptimConfig, RunConfig, StrategyConfig
 from tldist.plan import Phase, Plan
 from tldist.worker import describe_plan, plan_of
 
@@ -80,6 +80,7 @@ def _notes(settings: RunConfig, plan: Plan) -> list[str]:
         (optim.ewc > 0, _ewc(settings)),
         (train.batchnorm == "eval", "BatchNorm in stages that train keeps the source's statistics"),
         (train.batchnorm == "sync", "BatchNorm in stages that train sees all workers' batches together"),
+        (train.batchnorm == "domain", "BatchNorm normalises each domain by itself, and keeps the target's statistics"),
         (train.accumulate > 1, f"A worker's share of a batch passes in {train.accumulate} parts"),
         (train.ema > 0, f"A moving average of the weights (decay {train.ema:g}) is evaluated and saved"),
         (mixed, "Mixup of the features at the cut"),
@@ -90,6 +91,7 @@ def _notes(settings: RunConfig, plan: Plan) -> list[str]:
         f"Peak learning rates of {optim.name}; {_schedule(optim, plan)}",
         *_boundaries(settings, plan),
         *_stopping(settings, plan),
+        *_domains(settings.strategy, plan),
         *(sentence for differs, sentence in differing if differs),
         f"The head is counted for {CLASSES_SHOWN} classes",
         *_prefix(plan),
@@ -102,6 +104,19 @@ def _ewc(settings: RunConfig) -> str:
     if settings.train.batchnorm == "eval":
         return held
     return f"{held}, but BatchNorm's statistics move: --train.batchnorm eval keeps them"
+
+
+def _domains(strategy: StrategyConfig, plan: Plan) -> list[str]:
+    """What a step shows of two domains, and where they are made alike."""
+    shown = DOMAINS.get(strategy.name, ())
+    if len(shown) < 2:
+        return [f"Trains on the {shown[0]} domain, is evaluated on the target"] if shown else []
+    where = f"output of {strategy.align_at or plan.stages[-2]}, with a weight that grows to {strategy.align_weight:g}"
+    own = f"; the discriminator learns at {strategy.discriminator_lr:g} of the head's rate"
+    return [
+        "A step shows as many images of the target as of the source, in one pass; no label of the target is read",
+        f"{strategy.name} makes the domains alike at the {where}{own if strategy.name == 'dann' else ''}",
+    ]
 
 
 def _schedule(optim: OptimConfig, plan: Plan) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import run_ranks
+from conftest import run_ranks, write_images
 
 from tldist import backbones, checkpoint, config, dist, fit, worker
 from tldist.config import (
+    DOMAINS,
     STRATEGIES,
     CheckpointConfig,
     DataConfig,
@@ -51,6 +52,8 @@ SGD = OptimConfig(name="sgd", base_lr=5e-3)
 ADAMW = OptimConfig(name="adamw", base_lr=3e-5)
 BY_HAND = StrategyConfig(name="by_hand", phases=("norm=1, head=1, *=frozen",))
 MIXED = DataConfig(mixup=0.4, cutmix=1.0)
+DIGITS = ModelConfig(name="dann_mnist", weights="none")
+TEN_STEPS = replace(FP32, epochs=5)
 
 CASES: dict[str, dict[str, Any]] = {
     **{name: {"strategy": StrategyConfig(name=name)} for name in STRATEGIES},
@@ -61,6 +64,18 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": {"strategy": StrategyConfig(name="two_phase"), "train": replace(FP32, ema=0.9)},
     "l2_sp": {"strategy": StrategyConfig(name="two_phase"), "optim": replace(SGD, l2_sp=0.5)},
     "ewc": {"strategy": StrategyConfig(name="two_phase"), "optim": replace(SGD, ewc=50.0)},
+    # Ten steps on two domains, with what the objective learns by itself, at another rate.
+    "dann": {
+        "strategy": StrategyConfig(name="dann", align_at="fc4", discriminator_units=32, discriminator_lr=3.0),
+        "model": DIGITS,
+        "train": TEN_STEPS,
+        "optim": replace(SGD, base_lr=0.02),
+    },
+    "dann_in_parts": {
+        "strategy": StrategyConfig(name="dann", discriminator_units=16),
+        "train": replace(FP32, accumulate=2),
+    },
+    "mmd": {"strategy": StrategyConfig(name="mmd", align_at="layer3"), "train": TEN_STEPS},
     # Each rank draws its own mixtures, and bf16 rounds sums over half a batch: these are compared with DDP's.
     "mixed": {"strategy": StrategyConfig(name="full"), "data": MIXED},
     "bf16": {"strategy": StrategyConfig(name="two_phase"), "train": replace(FP32, precision="bf16", epochs=2)},
@@ -85,6 +100,10 @@ class Ended:
         return checkpoint.read_live(self.run_dir / "checkpoints" / "last")
 
     @property
+    def objective(self) -> dict[str, torch.Tensor]:
+        return checkpoint.read_objective(self.run_dir / "checkpoints" / "last")
+
+    @property
     def optimizer(self) -> OptimizerState:
         return checkpoint.read_optimizer(self.run_dir / "checkpoints" / "last")
 
@@ -92,7 +111,9 @@ class Ended:
 def settings(photos: Path, run_dir: Path, kind: str, case: str) -> RunConfig:
     """Two steps an epoch, fp32, source statistics in BatchNorm."""
     sections = CASES[case]
-    data = replace(sections.get("data", DataConfig()), root=str(photos), batch_size=20, image_size=32, threads=1)
+    strategy = sections.get("strategy", StrategyConfig())
+    root = photos / "domains" if strategy.name in DOMAINS else photos
+    data = replace(sections.get("data", DataConfig()), root=str(root), batch_size=20, image_size=32, threads=1)
     model = ModelConfig(weights=str(source(run_dir.parent)) if case in ("l2_sp", "ewc") else "none")
     if case == "ewc":
         sections = {**sections, "optim": replace(sections["optim"], ewc_from=(str(task(run_dir.parent)),))}
@@ -105,6 +126,16 @@ def settings(photos: Path, run_dir: Path, kind: str, case: str) -> RunConfig:
         tracking=TrackingConfig(wandb="disabled", log_every=2),
     )
     return replace(base, **{**sections, "data": data})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_domains(photos: Path) -> None:
+    """The same photos as source and as target, and others as the target's training images."""
+    root = photos / "domains"
+    if not root.exists():
+        write_images(root / "target" / "train", {"any": 31}, seed=4)
+        for link, to in (("source", photos), ("target/val", photos / "val")):
+            (root / link).symlink_to(to, target_is_directory=True)
 
 
 def source(folder: Path) -> Path:
@@ -195,7 +226,9 @@ def norms(run: Ended) -> list[float]:
 
 
 def assert_equal(run: Ended, expected: Ended, case: str) -> None:
-    for ours, theirs in ((run.weights, expected.weights), (run.live, expected.live)):
+    pairs = ((run.weights, expected.weights), (run.live, expected.live), (run.objective, expected.objective))
+    assert bool(run.objective) == case.startswith("dann")
+    for ours, theirs in pairs:
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{case} {k}: {m}")

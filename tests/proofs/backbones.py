@@ -20,6 +20,7 @@ from typing import Any, get_args
 import numpy as np
 import onnxruntime
 import torch
+import torchvision
 from PIL import Image, ImageOps
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -138,6 +139,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     given.work.mkdir(exist_ok=True)
     for backbone in get_args(ModelName):
-        if not given.only or backbone in given.only.split(","):
+        if backbone in (given.only.split(",") if given.only else torchvision.models.list_models()):
             row = prove(backbone, given.photos, given.work, given.size, given.preprocessing)
             print(json.dumps(row), flush=True)

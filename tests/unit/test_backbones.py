@@ -14,6 +14,7 @@ from torch import nn
 from tldist import backbones
 from tldist.backbones import StagedModel
 from tldist.config import ModelConfig, ModelName, UserError
+from tldist.digit_nets import DigitNet
 from tldist.prefix import Prefix, fold_batchnorm
 
 MODELS = get_args(ModelName)
@@ -50,7 +51,7 @@ def test_cutting_and_folding_change_nothing(name: ModelName) -> None:
             torch.testing.assert_close(folded, whole, rtol=1e-3, atol=1e-4 * whole.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_b0", "dann_mnist_bn"])
 @torch.no_grad()
 def test_folding_removes_every_batchnorm_and_leaves_the_original(name: ModelName) -> None:
     model = lively(name)
@@ -64,11 +65,18 @@ def test_folding_removes_every_batchnorm_and_leaves_the_original(name: ModelName
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def original(name: ModelName) -> nn.Module:
+    """The network as others know it: torchvision's, or the small one of its own."""
+    if name.startswith("dann"):
+        return DigitNet(SIDE, batchnorm=name.endswith("_bn"), num_classes=5)
+    extra = {"image_size": SIDE} if name.startswith("vit") else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=5, **extra)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_torchvision_names_round_trip(name: ModelName) -> None:
-    """A saved state loads into torchvision's own model and computes the same."""
-    model, extra = lively(name), {"image_size": SIDE} if name.startswith("vit") else {}
-    net = torchvision.models.get_model(name, weights=None, num_classes=5, **extra).eval()
+def test_names_round_trip(name: ModelName) -> None:
+    """A saved state loads into the original network and computes the same."""
+    model, net = lively(name), original(name).eval()
     net.load_state_dict(model.torchvision_state())
     x = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():

@@ -170,7 +170,7 @@ def test_mnist_becomes_pngs_pixel_for_pixel(
 def test_the_real_mnist_has_the_published_checksums(shared: Path) -> None:
     for archive in DATASETS["mnist"].archives[2:]:
         data = datasets.read_gz(shared / "mnist" / archive.names[0], archive.md5)
-        assert len(datasets._idx_array(data)) == 10_000
+        assert len(datasets.idx_array(data)) == 10_000
 
 
 def test_a_wrong_checksum_is_an_error(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import write_images
 
 from tldist import checkpoint, config, control, fit, worker
 from tldist.config import (
@@ -60,10 +61,25 @@ CASES: dict[str, dict[str, Any]] = {
         "train": TrainConfig(epochs=4, precision="fp32", early_stop=2),
         "optim": OptimConfig(l2_sp=0.1),
     },
+    "two domains, a discriminator": {
+        "strategy": StrategyConfig(name="dann", discriminator_units=16),
+        "data": {"loader": "torchvision", "root": "domains"},
+        "train": TrainConfig(epochs=3, precision="fp32", batchnorm="domain", early_stop=2),
+    },
 }
 
 
 STEPS_PER_EPOCH = 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _two_domains(photos: Path) -> None:
+    """The photos as source and target; the target's training images are fewer than a source epoch shows."""
+    root = photos / "domains"
+    if not root.exists():
+        write_images(root / "target" / "train", {"any": 27}, seed=4)
+        for link, to in (("source", photos), ("target/val", photos / "val")):
+            (root / link).symlink_to(to, target_is_directory=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +92,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings(photos: Path, run_dir: Path, source: str, case: dict[str, Any]) -> RunConfig:
-    data = {"batch_size": 8, "image_size": 32, "threads": 1, **case.get("data", {})}
+    data = {"root": ".", "batch_size": 8, "image_size": 32, "threads": 1, **case.get("data", {})}
+    data["root"] = str(photos / data["root"])
     run_dir.mkdir()
     return RunConfig(
         run_dir=str(run_dir),
         model=ModelConfig(weights=source),
-        data=DataConfig(root=str(photos), **data),
+        data=DataConfig(**data),
         tracking=TrackingConfig(wandb="disabled", log_every=2),
         **{key: value for key, value in case.items() if key != "data"},
     )

@@ -30,9 +30,10 @@ def test_logme_is_the_highest_evidence(images: int, dimensions: int) -> None:
     """Of y ~ N(0, I / beta + F F^T / alpha), whose density scipy computes and whose maximum it looks for."""
     rng = np.random.default_rng(0)
     f = rng.normal(size=(images, dimensions))
+    labels = (f[:, :3] + 0.5 * rng.normal(size=(images, 3))).argmax(axis=1)
+    assert set(labels) == {0, 1, 2}  # of a class without images the evidence has no maximum
     if dimensions > images:
         f = f[:, :3] @ rng.normal(size=(3, dimensions))
-    labels = (f[:, :3] + 0.5 * rng.normal(size=(images, 3))).argmax(axis=1)
 
     def evidence(logs: np.ndarray, y: np.ndarray) -> float:
         alpha, beta = np.exp(logs.clip(-12, 12))

@@ -40,17 +40,18 @@ class Archive:
         return (self.url.rsplit("/", 1)[-1], *self.also)
 
 
-def find(archives: tuple[Archive, ...], folder: Path) -> list[Path]:
-    """The file of each archive in `folder` or one folder further down.
+def find(archives: tuple[Archive, ...], folder: Path, flag: str = "--from") -> list[Path]:
+    """The file of each archive in `folder`, which `flag` named, or one folder further down.
 
     Raises:
         UserError: no such folder, or an archive is not in it; the file names looked for are named.
     """
     if not folder.is_dir():
-        raise UserError(f"--from {folder} is not a folder: give the folder that holds the archive")
+        raise UserError(f"{flag} {folder} is not a folder: give the folder that holds the archive")
     found = [_find_one(archive, folder) for archive in archives]
     if missing := [" or ".join(a.names) for a, path in zip(archives, found, strict=True) if path is None]:
-        raise UserError(f"--from {folder} does not hold {', '.join(missing)}: put it there or leave --from out")
+        mend = "put it there or leave --from out" if flag == "--from" else "put it there"
+        raise UserError(f"{flag} {folder} does not hold {', '.join(missing)}: {mend}")
     return [path for path in found if path is not None]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +152,31 @@ def train_ids(
     for step in range(first, steps_per_epoch(len(split), batch_size)):
         start = step * batch_size + worker.rank * share
         yield order[start : start + share]
+
+
+def target_batches(
+    split: Split,
+    spec: AugmentSpec,
+    image_size: int,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    worker: Worker,
+    window: int = DataConfig.shuffle_window,
+) -> Iterator[BatchPlan]:
+    """This worker's batches of a second domain, for `steps` of the run (from 0, over all epochs).
+
+    It has epochs of its own length, and an order of its own: MNIST and MNIST-M hold the same digits in the same order,
+    and the same permutation of both would pair each digit with itself.
+    """
+    own_seed = int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    of_epoch, step = steps_per_epoch(len(split), batch_size), steps.start
+    while step < steps.stop:
+        epoch, first = divmod(step, of_epoch)
+        plans = train_batches(split, spec, image_size, batch_size, own_seed, epoch, worker, first, window)
+        for plan in itertools.islice(plans, steps.stop - step):
+            step += 1
+            yield plan
 
 
 def fill_batches(

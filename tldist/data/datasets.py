@@ -75,7 +75,7 @@ def fetch(name: str, root: Path, source: Path | None = None, report: Report | No
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists but is not {_expected(dataset, folder)}: remove it or choose another folder")
-    with _scratch(folder.parent, name) as scratch:
+    with scratch_beside(folder.parent, name) as scratch:
         archives = _archives(dataset, source, scratch, report)
         new = scratch / name
         dataset.write(dataset, archives, new, report)
@@ -110,7 +110,7 @@ def _count(folder: Path) -> int:
 
 
 @contextmanager
-def _scratch(root: Path, name: str) -> Iterator[Path]:
+def scratch_beside(root: Path, name: str) -> Iterator[Path]:
     """A folder beside the target, so that the last step is a rename; gone afterwards."""
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def _write_hymenoptera(dataset: Dataset, archives: list[Path], out: Path, report
 
 def _write_mnist(dataset: Dataset, archives: list[Path], out: Path, report: Report) -> None:
     files = [read_gz(path, archive.md5) for path, archive in zip(archives, dataset.archives, strict=True)]
-    arrays = [_idx_array(data) for data in files]
+    arrays = [idx_array(data) for data in files]
     for split, images_NHW, labels_N in (("train", *arrays[:2]), ("val", *arrays[2:])):
         _write_pngs(out / split, images_NHW, labels_N, _DIGITS, report)
 
@@ -231,7 +231,7 @@ def _write_pngs(
 # The original formats
 
 
-def _idx_array(data: bytes) -> np.ndarray:
+def idx_array(data: bytes) -> np.ndarray:
     """An idx file: two zeros, 8 for uint8, the number of dimensions, each as big-endian int32, the bytes."""
     shape = struct.unpack_from(f">{data[3]}i", data, 4)
     return np.frombuffer(data, dtype=np.uint8, offset=4 + 4 * len(shape)).reshape(shape)

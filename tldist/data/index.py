@@ -99,6 +99,8 @@ class Index:
     fingerprint: str
     """SHA-256 over the class names and each usable image's path, label and size in bytes.
     Two runs with the same fingerprint saw the same data."""
+    target: Split | None = None
+    """A second domain that training shows; its labels are all -1 (`domains.py`)."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,9 @@ def build_index(root: str | Path, classes: Sequence[str] = (), progress: Progres
     if is_shards(folder):
         with ThreadPoolExecutor(num_workers()) as pool:
             return _index_of_shards(folder, classes, open_shards(folder, pool, progress))
-    chosen = _choose_classes(folder, classes, *(_class_folders(folder, split) for split in SPLITS))
+    chosen = choose_classes(folder, classes, *(class_folders(folder, split) for split in SPLITS))
     with ThreadPoolExecutor(num_workers()) as pool:
-        listings = {split: _list_split(pool, folder, split, chosen) for split in SPLITS}
+        listings = {split: list_split(pool, folder, split, chosen) for split in SPLITS}
         files = [file for listing in listings.values() for file in listing.files]
         found = verdicts(pool, folder, files, partial=bool(classes), progress=progress)
     return _assemble(folder, chosen, listings, found)
@@ -172,6 +174,7 @@ def with_train_subset(index: Index, per_class: int, seed: int) -> Index:
 def save_index(index: Index, path: Path) -> None:
     """Write one JSON file, atomically."""
     splits = {name: _as_json(split) for name, split in zip(SPLITS, (index.train, index.val), strict=True)}
+    splits |= {} if index.target is None else {"target": _as_json(index.target)}
     skipped = [[item.path, item.reason] for item in index.skipped]
     head = {
         "version": _VERSION,
@@ -199,6 +202,7 @@ def load_index(path: Path) -> Index:
             _split_from(data["val"]),
             tuple(Skipped(*item) for item in data["skipped"]),
             data["fingerprint"],
+            _split_from(data["target"]) if "target" in data else None,
         )
     except OSError as error:
         raise UserError(f"cannot read the index {path}: {error.strerror}") from error
@@ -235,13 +239,13 @@ def _assemble(root: str, classes: tuple[str, ...], listings: dict[str, _Listing]
     splits = {}
     for name, listing in listings.items():
         files = sorted(file for file in listing.files if not isinstance(found[file.path], str))
-        _check_each_class(f"{root}/{name}", classes, {file.label for file in files}, skipped)
+        check_each_class(f"{root}/{name}", classes, {file.label for file in files}, skipped)
         digest.update("".join(f"\n{f.path}\0{f.label}\0{f.num_bytes}" for f in files).encode())
-        splits[name] = _split(files, found)
+        splits[name] = split_of_files(files, found)
     return Index(root, classes, splits["train"], splits["val"], tuple(skipped), digest.hexdigest())
 
 
-def _split(files: list[File], found: dict[str, Verdict]) -> Split:
+def split_of_files(files: list[File], found: dict[str, Verdict]) -> Split:
     return Split(
         tuple(file.path for file in files),
         np.array([file.label for file in files], dtype=np.int64),
@@ -249,7 +253,7 @@ def _split(files: list[File], found: dict[str, Verdict]) -> Split:
     )
 
 
-def _check_each_class(folder: str, classes: tuple[str, ...], present: set[int], skipped: list[Skipped]) -> None:
+def check_each_class(folder: str, classes: tuple[str, ...], present: set[int], skipped: list[Skipped]) -> None:
     split = Path(folder).name
     for label, name in enumerate(classes):
         if label in present or not Path(folder, name).is_dir():
@@ -268,12 +272,12 @@ def _check_each_class(folder: str, classes: tuple[str, ...], present: set[int], 
 def _index_of_shards(root: str, wanted: Sequence[str], found: Shards) -> Index:
     names, digests = found.classes, []
     val = {row.label for rows in found.of("val").values() for row in rows}
-    classes = _choose_classes(root, wanted, list(names.values()), [names.get(n, str(n)) for n in sorted(val)])
+    classes = choose_classes(root, wanted, list(names.values()), [names.get(n, str(n)) for n in sorted(val)])
     labels = {number: classes.index(name) for number, name in names.items() if name in classes}
     splits = {}
     for split in SPLITS:
         shards = {shard: [row for row in rows if row.label in labels] for shard, rows in found.of(split).items()}
-        splits[split] = _split_of_shards(shards, labels)
+        splits[split] = split_of_shards(shards, labels)
         digests += [f"\n{shard}/{r.name}\0{labels[r.label]}\0{r.num_bytes}" for shard in shards for r in shards[shard]]
     present = set(splits["train"].labels_N.tolist())
     if missing := [name for label, name in enumerate(classes) if label not in present]:
@@ -286,7 +290,7 @@ def _index_of_shards(root: str, wanted: Sequence[str], found: Shards) -> Index:
     return Index(root, classes, splits["train"], splits["val"], skipped, digest)
 
 
-def _split_of_shards(shards: dict[str, list[Row]], labels: dict[int, int]) -> Split:
+def split_of_shards(shards: dict[str, list[Row]], labels: dict[int, int]) -> Split:
     rows = [row for listed in shards.values() for row in listed]
     extents = [(i, row.offset, row.num_bytes) for i, listed in enumerate(shards.values()) for row in listed]
     return Split(
@@ -319,7 +323,7 @@ def _nearest_sibling(folder: Path) -> str:
     return ""
 
 
-def _choose_classes(root: str, wanted: Sequence[str], train: list[str], val: list[str]) -> tuple[str, ...]:
+def choose_classes(root: str, wanted: Sequence[str], train: list[str], val: list[str]) -> tuple[str, ...]:
     """The classes of train to use, in their order, once they and those of val make sense together."""
     for name in wanted:
         if name not in train:
@@ -337,7 +341,7 @@ def _choose_classes(root: str, wanted: Sequence[str], train: list[str], val: lis
     return classes
 
 
-def _class_folders(root: str, split: str) -> list[str]:
+def class_folders(root: str, split: str) -> list[str]:
     if not Path(root, split).is_dir():
         raise UserError(f"{root} has no {split}/ folder{_where_else(root)}: arrange it as {_LAYOUT}")
     names = sorted(entry.name for entry in _entries(f"{root}/{split}") if not _stray(entry))
@@ -355,19 +359,19 @@ def _where_else(root: str) -> str:
     return f" (found: {', '.join(names[:5])})" if names else ""
 
 
-def _list_split(pool: ThreadPoolExecutor, root: str, split: str, classes: tuple[str, ...]) -> _Listing:
+def list_split(pool: ThreadPoolExecutor, root: str, split: str, classes: tuple[str, ...]) -> _Listing:
     entries = _entries(f"{root}/{split}")
     listing = _Listing(skipped=[Skipped(f"{split}/{e.name}", why) for e in entries if (why := _stray(e))])
     there = {entry.name for entry in entries}
     # A class per task: on a network file system stat takes up to a millisecond, and many can wait at once.
     jobs = [(f"{split}/{name}", label) for label, name in enumerate(classes) if name in there]
-    for found in pool.map(lambda job: _list_class(root, *job), jobs):
+    for found in pool.map(lambda job: list_class(root, *job), jobs):
         listing.files.extend(found.files)
         listing.skipped.extend(found.skipped)
     return listing
 
 
-def _list_class(root: str, folder: str, label: int) -> _Listing:
+def list_class(root: str, folder: str, label: int) -> _Listing:
     listing, folders = _Listing(), [folder]
     while folders:
         here = folders.pop()

@@ -85,18 +85,21 @@ def open_loader(
     device: torch.device,
     read: Read | None = None,
     bad: BadImages | None = None,
+    in_shards: bool | None = None,
 ) -> Loader:
     """The configured loader; its plans must come from `spec`, in batches of at most `max_batch`.
 
     Where `read` gives the images, it is torchvision's: DALI decodes files itself. `bad` says what becomes of images
-    that cannot be read (default: an error).
+    that cannot be read (default: an error). `in_shards`: do the plans' images lie in tars (default: does the root
+    hold shards)?
     """
     bad = bad or BadImages()
     root, threads = Path(config.root).expanduser().absolute(), threads_per_worker(config)
     if read is None and loader_kind(config, device) == "dali":
         from tldist.data.dali import DaliLoader
 
-        return DaliLoader(root, spec, config.image_size, max_batch, threads, device, bad, is_shards(root))
+        tars = is_shards(root) if in_shards is None else in_shards
+        return DaliLoader(root, spec, config.image_size, max_batch, threads, device, bad, tars)
     from tldist.data.torchvision_loader import TorchvisionLoader
 
     return TorchvisionLoader(root, spec, config.image_size, threads, device, bad, read)

@@ -79,8 +79,8 @@ def mix_features(features: Tensor, mix: Mix) -> Tensor:
     return torch.lerp(features[mix.partner_N], features, weight)
 
 
-def mixed_targets(labels_N: Tensor, mix: Mix | None) -> Targets:
+def mixed_targets(labels_N: Tensor, mix: Mix | None, progress: float = 0.0) -> Targets:
     """The labels, with their partners' where images were mixed."""
     if mix is None:
-        return Targets(labels_N)
-    return Targets(labels_N, labels_N[mix.partner_N], mix.label_weight_N)
+        return Targets(labels_N, progress=progress)
+    return Targets(labels_N, labels_N[mix.partner_N], mix.label_weight_N, progress)

@@ -44,9 +44,10 @@ class Pixels:
     """What to train from, with or without the cache."""
 
     index: Index
-    """Its sizes are those of the images that `train` and `val` read: batches must be drawn from this one."""
+    """Its sizes are those of the images that `train`, `val` and `target` read: batches must be drawn from this one."""
     train: Read | None = None
     val: Read | None = None
+    target: Read | None = None
     notice: str | None = None
     """Why there is no cache though one was asked for."""
 
@@ -55,18 +56,17 @@ def open_pixels(data: DataConfig, index: Index, run_dir: Path, device: torch.dev
     """The cache that `--data.pixels` asks for. Called by all workers; all of them get one, or none does."""
     if data.pixels == "off":
         return Pixels(index)
-    train, val = (_kept(split, data.image_size) for split in (index.train, index.val))
-    middle, end = np.cumsum([_num_bytes(train), _num_bytes(val)]).tolist()
-    buffer_B = _shared_bytes(data.pixels, run_dir, end, device)
+    found = {"train": index.train, "val": index.val} | ({"target": index.target} if index.target else {})
+    kept = {name: _kept(split, data.image_size) for name, split in found.items()}
+    ends = np.cumsum([_num_bytes(split) for split in kept.values()]).tolist()
+    buffer_B = _shared_bytes(data.pixels, run_dir, ends[-1], device)
     if isinstance(buffer_B, str):
         mend = "--data.pixels disk" if data.pixels == "memory" else "a --run-dir on another disk"
         text = f"--data.pixels {data.pixels} is off: {buffer_B}. Every epoch decodes all files now: "
         return Pixels(index, notice=f"{text}to change that, use {mend} or a smaller --data.image-size")
-    return Pixels(
-        replace(index, train=train, val=val),
-        SplitPixels(index.train, train, buffer_B[:middle]).read,
-        SplitPixels(index.val, val, buffer_B[middle:]).read,
-    )
+    parts = dict(zip(kept, np.split(buffer_B, ends[:-1]), strict=True))
+    reads = {name: SplitPixels(found[name], kept[name], part).read for name, part in parts.items()}
+    return Pixels(replace(index, **kept), reads["train"], reads["val"], reads.get("target"))
 
 
 class SplitPixels:

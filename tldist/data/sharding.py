@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg
+from torchvision.io import encode_jpeg, encode_png
 
 from tldist.config import UserError
 from tldist.data.decode import read_rgb
@@ -29,6 +29,8 @@ from tldist.data.verify import Progress, num_workers
 
 IMAGES_PER_SHARD = 1000
 """A shard of ImageNet's photos is 110 MB then: large enough to be read in one go, and many enough for any cluster."""
+ARRAYS_PER_SHARD = 10_000
+"""Of small pictures, which are a few kilobytes each."""
 SEED = 0
 QUALITY = 90
 """Of the JPEGs that images are re-encoded to."""
@@ -103,6 +105,45 @@ def write_shards(
                 "make room, or name another folder"
             ) from error
         raise
+
+
+def write_arrays(
+    images: dict[str, np.ndarray],
+    labels: dict[str, np.ndarray],
+    classes: tuple[str, ...],
+    out: Path,
+    progress: Progress | None = None,
+    seed: int = SEED,
+) -> None:
+    """Write pixels as lossless PNGs into shards: by split, uint8 (N, H, W) grey or (N, H, W, 3), and their labels.
+
+    The same arguments give the same bytes. Raises OSError where the disk is full.
+    """
+    out.mkdir(parents=True)
+    total, done = sum(map(len, images.values())), itertools.count(1)
+    rows: dict[str, list[Row]] = {}
+    with ThreadPoolExecutor(num_workers()) as pool:
+        for number, (name, pixels) in enumerate(images.items()):
+            order = _order(len(pixels), seed, number)
+            ready = _in_order(pool, lambda i, pixels=pixels: _png(pixels[i]), order)
+            for shard, ids_N in enumerate(np.array_split(order, -(-len(order) // ARRAYS_PER_SHARD))):
+                tar = f"{name}-{shard:06d}.tar"
+                rows[tar] = []
+                with _Tar(out / tar) as written:
+                    for i, encoded in zip(ids_N.tolist(), ready):  # noqa: B905 - `ready` goes on in the next shard
+                        key = f"{classes[labels[name][i]]}/{i:05d}"
+                        rows[tar].append(written.add(key, encoded, int(labels[name][i])))
+                        if progress:
+                            progress(next(done), total)
+    sizes = {tar: (out / tar).stat().st_size for tar in rows}
+    (out / CLASSES).write_text("".join(f"{name}\n" for name in classes))
+    _replace(out / MANIFEST, manifest(classes, rows, sizes))
+
+
+def _png(pixels: np.ndarray) -> Encoded:
+    image_CHW = torch.from_numpy(pixels).reshape(*pixels.shape[:2], -1).permute(2, 0, 1)
+    png_B = encode_png(image_CHW, compression_level=1).numpy().tobytes()
+    return Encoded(png_B, pixels.shape[:2], pixels.nbytes)
 
 
 def _remove(out: Path, existed: bool) -> None:

@@ -98,7 +98,7 @@ def show(crop_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
     image = resized(crop_CHW, view.resize_N2[0].tolist())
     if spec.crop_area is None:
         top, left = view.crop_N2[0].tolist()
-        image = v2.crop(image, top, left, size, size)
+        image = image[:, top : top + size, left : left + size]
     if view.flip_N[0]:
         image = v2.horizontal_flip(image)
     if spec.rotate_deg:
@@ -131,8 +131,11 @@ def evaluation_square(image_CHW: Tensor, size: int) -> Tensor:
 def resized(image_CHW: Tensor, size: list[int]) -> Tensor:
     """An image resized with antialiasing to (height, width).
 
-    It is packed first: torch resizes packed channels-last pixels three times as fast as a view, to the same bits.
+    It is packed first: torch resizes packed channels-last pixels three times as fast as a view, to the same bits. One
+    of this size already is itself.
     """
+    if list(image_CHW.shape[1:]) == size:
+        return image_CHW
     return v2.resize(image_CHW.permute(1, 2, 0).contiguous().permute(2, 0, 1), size, antialias=True)
 
 

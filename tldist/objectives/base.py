@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tldist.backbones import Segment
@@ -18,6 +19,8 @@ class Targets:
     labels_N: Tensor
     partner_labels_N: Tensor | None = None
     weight_N: Tensor | None = None
+    progress: float = 0.0
+    """Share of the plan's steps that are done: what a schedule inside an objective is a function of."""
 
     def part(self, rows: slice) -> Targets:
         """Those of some of the images."""
@@ -26,6 +29,7 @@ class Targets:
             self.labels_N[rows],
             None if partner is None else partner[rows],
             None if weight is None else weight[rows],
+            self.progress,
         )
 
 
@@ -51,3 +55,15 @@ class Objective(nn.Module):
         for name, parameter in self.named_parameters():
             inner = name.removeprefix("network.")
             yield (inner if inner != name else f"objective.{name}"), parameter
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Copies of the objective's own parameters, by name; the network's are not among them."""
+        own = self.named_parameters()
+        return {name: p.detach().clone() for name, p in own if not name.startswith("network.")}
+
+    @torch.no_grad()
+    def load_own(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `own_state` gave, of an earlier phase or process; parameters without a value stay new."""
+        for name, parameter in self.named_parameters():
+            if name in state and not name.startswith("network."):
+                parameter.copy_(state[name])

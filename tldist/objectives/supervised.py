@@ -20,7 +20,10 @@ class Supervised(Objective):
 
     def forward(self, features: Tensor, targets: Targets) -> StepOutput:
         """features: the prefix's output (or images) -> loss and logits_NC."""
-        logits = self.network(features)
+        return self.task(self.network(features), targets)
+
+    def task(self, logits: Tensor, targets: Targets) -> StepOutput:
+        """The loss of these logits_NC, with the penalty."""
         loss_N = mixed_cross_entropy(
             logits, targets.labels_N, targets.partner_labels_N, targets.weight_N, self.label_smoothing
         )

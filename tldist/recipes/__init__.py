@@ -12,9 +12,11 @@ from tldist.recipes.folder import folder
 from tldist.recipes.hymenoptera import hymenoptera
 from tldist.recipes.imagenet import imagenet
 from tldist.recipes.mnist import mnist
+from tldist.recipes.mnist_m import mnist_m
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (folder, hymenoptera, cifar10, mnist, digits, imagenet, demo, demo_source)
+    recipe.__name__: recipe
+    for recipe in (folder, hymenoptera, cifar10, mnist, mnist_m, digits, imagenet, demo, demo_source)
 }
 
 

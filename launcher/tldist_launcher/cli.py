@@ -62,7 +62,7 @@ def _help() -> str:
 
 def _details(name: str) -> str:
     """What else a command's room has to say of it."""
-    if name not in ("data", "evaluate", "export", "predict"):
+    if name not in ("data", "evaluate", "export", "predict", "study"):
         return ""
     return f"\n\n{importlib.import_module(f'tldist_launcher.{name}').HELP}"
 
@@ -90,6 +90,12 @@ def _find_lr(words: Sequence[str]) -> int:
 
     find_lr(words)
     return 0
+
+
+def _study(words: Sequence[str]) -> int:
+    from tldist_launcher.study import study_command
+
+    return study_command(words)
 
 
 def _demo(words: Sequence[str]) -> int:
@@ -171,6 +177,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _find_lr,
         "find-lr RECIPE [--section.flag VALUE ...]",
         "suggest a rate; also --steps, --lowest, --highest, --json, --plot",
+    ),
+    "study": (
+        _study,
+        "study FILE|NAME [--workers N] [--gpus-per-trial F]",
+        "a grid or a search over any flags; also --dir, --seeds, flags of train",
     ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (

@@ -44,7 +44,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
             return _to_the_end(settings, run_dir, quiet)
         except UserError:
             if not (run_dir / "checkpoints").exists():
-                _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
+                undo(run_dir)  # nothing was done in it, and the corrected command may name it again
             raise
 
 
@@ -76,6 +76,18 @@ def only_one(run_dir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
         yield
+
+
+def is_running(run_dir: Path) -> bool:
+    """Does a process hold this run directory?"""
+    try:
+        with (run_dir / "logs" / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
@@ -193,7 +205,7 @@ def make_run_dir(settings: RunConfig) -> Path:
 _OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl")
 
 
-def _undo(run_dir: Path) -> None:
+def undo(run_dir: Path) -> None:
     """Remove what `launch` and a worker that never began wrote; anything else in the folder is not ours."""
     for name in _OWN_FILES:
         (run_dir / name).unlink(missing_ok=True)

@@ -1,0 +1,283 @@
+"""A study's trials on Ray Tune: which configuration is tried next, where, and which is given up early.
+
+Tune's own state is not what a study is resumed from. A trial's run directory is: one that holds a summary is finished,
+any other goes on from its last checkpoint; a search hands what its finished trials came to back to Optuna and to ASHA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from tldist import control, dist
+from tldist.config import TrainingFailed, UserError
+from tldist.control import Stopped
+from tldist.study import FAILED, METRICS, PRUNED, TRIAL, Trial, state_of
+from tldist.tracking.runlog import Row, parse, read
+from tldist.tracking.wording import number, whole
+from tldist_launcher.launch import is_running, launch, resume, undo
+from tldist_launcher.study_file import Axis, Job, Study
+
+POLL_S = 0.2
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that fails has no metric
+    "TUNE_RESULT_DIR": "",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a trial gets, and how many run at once."""
+
+    cores: float
+    gpus: float
+    at_once: int
+
+
+def place_for(at_once: int, gpus_per_trial: float | None) -> Place:
+    """Shares of the cluster's GPUs, or of its cores where it has none; 0 at once: as many as there is room for.
+
+    Raises UserError where there is no room.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
+    share = gpus_per_trial if gpus_per_trial is not None else float(gpus > 0)
+    if share and not gpus:
+        raise UserError(f"--gpus-per-trial {share:g}, and Ray sees no GPU here: leave it out to share the cores")
+    room = int(sum(int(node.get("GPU", 0.0)) * int(1 / share + 1e-9) for node in nodes) if share else cores)
+    if at_once > room:
+        what = f"shares of {share:g} GPU" if share else "cores"
+        raise UserError(f"--workers {at_once}, but there are {room} {what}: use fewer")
+    at_once = at_once or room
+    each = min(cores / at_once, max(node.get("CPU", 0.0) for node in nodes))
+    return Place(float(int(each)) if each >= 1 else math.floor(100 * each) / 100, share, at_once)
+
+
+class TrialRun(tune.Trainable):
+    """One trial: the run itself in a thread of this process, its validations told to Tune one by one."""
+
+    def setup(self, config: dict[str, Any], study: Study, place: Place) -> None:  # type: ignore[override]
+        """Called by Tune in the trial's own process."""
+        self.study, self.job = study, job_of(study, config)
+        self.run_dir = Path(self.job.settings.run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if state_of(self.run_dir) != "finished":
+            _write(self.run_dir / TRIAL, _told(self.job, place))
+        # What `dist.local_workers` divides this machine's cores by.
+        os.environ["LOCAL_WORLD_SIZE"] = str(max(1, round(dist.cores() / place.cores)))
+        os.environ.setdefault("WANDB_RUN_GROUP", study.name)
+        self.failed = ""
+        self.rows = eval_rows(self.run_dir)
+        self.last: Row = {}
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next validation; `done` with the last one, when all is written."""
+        while True:
+            is_over = not self.thread.is_alive()  # asked before looking: rows written until then are seen
+            row = next(self.rows)
+            if row is not None:
+                self.last = row
+                if (whole(row, "epoch") or 0) < self.job.settings.train.epochs:
+                    return {**self._metrics(), "done": False}
+            elif is_over:
+                return {**self._metrics(), "done": True}
+            elif control.stop_reason(self.study.folder):
+                control.ask_to_stop(self.run_dir, "study")
+            time.sleep(POLL_S if row is None else 0)
+
+    def cleanup(self) -> None:
+        """Tune has enough of this trial: save and stop."""
+        while self.thread.is_alive():
+            control.ask_to_stop(self.run_dir, "study")  # again: a run that begins forgets what it was asked before
+            self.thread.join(timeout=1.0)
+
+    def _metrics(self) -> dict[str, Any]:
+        missing = math.nan
+        return {name: missing if (v := number(self.last, name)) is None else v for name in ("val_loss", *_SHARES)}
+
+    def _run(self) -> None:
+        try:
+            run_job(self.job)
+        except Stopped:
+            pass
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError | TrainingFailed) else f"{type(error).__name__}: {error}"
+            _write(self.run_dir / FAILED, {"why": why})
+
+
+_SHARES = ("val_top1", "best_val_top1")
+
+
+def run_job(job: Job) -> None:
+    """To its end, from wherever an earlier process left it."""
+    run_dir = Path(job.settings.run_dir)
+    while is_running(run_dir):  # by a process whose driver is gone, and which ends in a moment
+        time.sleep(POLL_S)
+    (run_dir / FAILED).unlink(missing_ok=True)
+    if state_of(run_dir) == "finished":
+        return
+    if (run_dir / "index.json").exists():
+        resume(job.settings, run_dir, quiet=True)
+    else:
+        undo(run_dir)  # killed before it had begun
+        launch(job.settings, quiet=True)
+
+
+def job_of(study: Study, chosen: dict[str, Any]) -> Job:
+    """What Tune's config stands for."""
+    if "job" in chosen:
+        return study.job(**chosen["job"])
+    return study.job({axis.name: chosen[axis.name] for axis in study.axes}, study.seeds[0], "search")
+
+
+def eval_rows(run_dir: Path) -> Iterator[Row | None]:
+    """The rows of a run's validations, one per epoch, as they are written; None where there is no new one yet."""
+    path, offset, epoch = run_dir / "metrics.jsonl", 0, 0
+    while True:
+        news = b""
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            file.seek(offset)
+            news = file.read()
+        news = news[: news.rfind(b"\n") + 1]
+        offset += len(news)
+        for row in map(parse, news.splitlines()):
+            # A resumed run may validate an epoch again.
+            if row is not None and row.get("event") == "eval" and (whole(row, "epoch") or 0) > epoch:
+                epoch = whole(row, "epoch") or 0
+                yield row
+        yield None
+
+
+def _told(job: Job, place: Place) -> Row:
+    return {
+        "choices": job.labels,
+        "exact": job.choices,
+        "seed": job.seed,
+        "stage": job.stage,
+        "cores": place.cores,
+        "gpus": place.gpus,
+    }
+
+
+def _write(path: Path, value: Any) -> None:
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(value, indent=1) + "\n")
+    draft.replace(path)
+
+
+def run_jobs(study: Study, jobs: list[Job], place: Place) -> None:
+    """Run these trials, as many at once as there is room for."""
+    told = [{"choices": job.choices, "seed": job.seed, "stage": job.stage} for job in jobs]
+    if told:
+        _tuner(study, place, {"job": tune.grid_search(told)}, tune.TuneConfig()).fit()
+
+
+def run_search(study: Study, past: list[Trial], place: Place) -> None:
+    """Try configurations until the budget's number is reached; `past` are the search's trials so far."""
+    ended = [trial for trial in past if trial.state in ("finished", "pruned")]
+    if len(ended) >= study.budget.trials:
+        return
+    tune_config = tune.TuneConfig(
+        search_alg=_optuna(study, past), scheduler=_Asha(study, ended), num_samples=study.budget.trials - len(ended)
+    )
+    _tuner(study, place, None, tune_config).fit()
+
+
+def _tuner(study: Study, place: Place, space: dict[str, Any] | None, tune_config: tune.TuneConfig) -> tune.Tuner:
+    tune_config.max_concurrent_trials = place.at_once
+    tune_config.reuse_actors = False  # a process per trial: what one holds does not count as another's peak memory
+    trainable = tune.with_parameters(TrialRun, study=study, place=place)
+    return tune.Tuner(
+        tune.with_resources(trainable, {"cpu": place.cores, "gpu": place.gpus}),
+        param_space=space,
+        tune_config=tune_config,
+        run_config=tune.RunConfig(
+            name=f"tune-{os.getpid()}-{time.time_ns()}",
+            storage_path=str(study.folder / "logs" / "tune"),
+            failure_config=tune.FailureConfig(max_failures=study.base.launch.restarts),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run directory has its own
+            verbose=0,
+        ),
+    )
+
+
+def _mode(study: Study) -> str:
+    return "min" if METRICS[study.metric].lower_is_better else "max"
+
+
+def _optuna(study: Study, past: list[Trial]) -> OptunaSearch:
+    """TPE that knows what past trials came to; those that were interrupted are suggested first."""
+    unfinished = [trial.exact for trial in past if trial.state in ("interrupted", "failed")]
+    searcher = OptunaSearch(
+        {axis.name: _distribution(axis) for axis in study.axes},
+        metric=study.metric,
+        mode=_mode(study),
+        points_to_evaluate=unfinished,
+        seed=len(past),  # the same seed again would suggest the same again
+    )
+    for trial in past:
+        if trial.state in ("finished", "pruned") and study.metric in trial.values:
+            searcher.add_evaluated_point(trial.exact, trial.values[study.metric])
+    return searcher
+
+
+def _distribution(axis: Axis) -> Any:
+    import optuna.distributions as of
+
+    if axis.span is None:
+        return of.CategoricalDistribution(list(axis.choices))
+    if axis.span.whole:
+        return of.IntDistribution(int(axis.span.low), int(axis.span.high), log=axis.span.log)
+    return of.FloatDistribution(axis.span.low, axis.span.high, log=axis.span.log)
+
+
+class _Asha(AsyncHyperBandScheduler):
+    """ASHA (Li et al., 2020) that remembers trials which ended before it began, and marks those that it ends."""
+
+    def __init__(self, study: Study, past: list[Trial]) -> None:
+        epochs = study.base.train.epochs
+        super().__init__(
+            metric=study.metric,
+            mode=_mode(study),
+            max_t=epochs,
+            grace_period=min(study.budget.grace_epochs, epochs),
+            stop_last_trials=False,
+        )
+        self.study = study
+        for trial in past:
+            self._remember(trial)
+
+    def _remember(self, trial: Trial) -> None:
+        stand_in = SimpleNamespace(trial_id=trial.name)
+        self.on_trial_add(None, stand_in)  # type: ignore[arg-type]
+        for row in read(self.study.folder / "trials" / trial.name).evals:
+            told = {"training_iteration": whole(row, "epoch"), self.study.metric: number(row, self.study.metric)}
+            super().on_trial_result(None, stand_in, told)  # type: ignore[arg-type]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Called at each validation of a trial."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.STOP:
+            run_dir = Path(job_of(self.study, trial.config).settings.run_dir)
+            _write(run_dir / PRUNED, {"epoch": result["training_iteration"]})
+        return decision

@@ -7,10 +7,8 @@ any other goes on from its last checkpoint; a search hands what its finished tri
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,15 +22,13 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from tldist import control, dist
-from tldist.config import TrainingFailed, UserError
-from tldist.control import Stopped
-from tldist.study import FAILED, METRICS, PRUNED, TRIAL, Trial, state_of
+from tldist.config import UserError
+from tldist.study import EVERY_EPOCH, METRICS, PRUNED, TRIAL, Trial, state_of
 from tldist.tracking.runlog import Row, parse, read
 from tldist.tracking.wording import number, whole
-from tldist_launcher.launch import is_running, launch, resume, undo
 from tldist_launcher.study_file import Axis, Job, Study
+from tldist_launcher.trial import POLL_S, SAID_WHY, STOPPED, TrialProcess, write_json
 
-POLL_S = 0.2
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -72,75 +68,57 @@ def place_for(at_once: int, gpus_per_trial: float | None) -> Place:
 
 
 class TrialRun(tune.Trainable):
-    """One trial: the run itself in a thread of this process, its validations told to Tune one by one."""
+    """What Ray starts for a trial: watches its process, and tells Tune of its validations one by one."""
 
     def setup(self, config: dict[str, Any], study: Study, place: Place) -> None:  # type: ignore[override]
-        """Called by Tune in the trial's own process."""
-        self.study, self.job = study, job_of(study, config)
-        self.run_dir = Path(self.job.settings.run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if state_of(self.run_dir) != "finished":
-            _write(self.run_dir / TRIAL, _told(self.job, place))
-        # What `dist.local_workers` divides this machine's cores by.
-        os.environ["LOCAL_WORLD_SIZE"] = str(max(1, round(dist.cores() / place.cores)))
-        os.environ.setdefault("WANDB_RUN_GROUP", study.name)
-        self.failed = ""
-        self.rows = eval_rows(self.run_dir)
-        self.last: Row = {}
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        """Called by Tune before the first trial that this Ray worker runs."""
+        self.study, self.place = study, place
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Called by Tune before each other trial."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, chosen: dict[str, Any]) -> None:
+        self.job = job_of(self.study, chosen)
+        run_dir = Path(self.job.settings.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if state_of(run_dir) != "finished":
+            write_json(run_dir / TRIAL, _told(self.job, self.place))
+        # LOCAL_WORLD_SIZE is what `dist.local_workers` divides this machine's cores by.
+        sharing = str(max(1, round(dist.cores() / self.place.cores)))
+        group = os.environ.get("WANDB_RUN_GROUP", self.study.name)
+        self.rows, self.last = eval_rows(run_dir), {}
+        self.process = TrialProcess(self.job, {"LOCAL_WORLD_SIZE": sharing, "WANDB_RUN_GROUP": group})
 
     def step(self) -> dict[str, Any]:
-        """Wait for the next validation; `done` with the last one, when all is written."""
+        """Wait for the next validation; `done` with the last one, when all is written.
+
+        Raises RuntimeError where the process died without a word; Tune starts the trial again.
+        """
         while True:
-            is_over = not self.thread.is_alive()  # asked before looking: rows written until then are seen
+            ended = self.process.exit_code  # asked before looking: rows written until then are seen
             row = next(self.rows)
             if row is not None:
                 self.last = row
                 if (whole(row, "epoch") or 0) < self.job.settings.train.epochs:
                     return {**self._metrics(), "done": False}
-            elif is_over:
+            elif ended is not None:
+                if ended not in (0, STOPPED, SAID_WHY):
+                    raise RuntimeError(f"the process of {self.job.name} ended with code {ended}")
                 return {**self._metrics(), "done": True}
             elif control.stop_reason(self.study.folder):
-                control.ask_to_stop(self.run_dir, "study")
+                self.process.ask_to_stop()
             time.sleep(POLL_S if row is None else 0)
 
     def cleanup(self) -> None:
         """Tune has enough of this trial: save and stop."""
-        while self.thread.is_alive():
-            control.ask_to_stop(self.run_dir, "study")  # again: a run that begins forgets what it was asked before
-            self.thread.join(timeout=1.0)
+        self.process.stop()
 
-    def _metrics(self) -> dict[str, Any]:
-        missing = math.nan
-        return {name: missing if (v := number(self.last, name)) is None else v for name in ("val_loss", *_SHARES)}
-
-    def _run(self) -> None:
-        try:
-            run_job(self.job)
-        except Stopped:
-            pass
-        except Exception as error:
-            why = str(error) if isinstance(error, UserError | TrainingFailed) else f"{type(error).__name__}: {error}"
-            _write(self.run_dir / FAILED, {"why": why})
-
-
-_SHARES = ("val_top1", "best_val_top1")
-
-
-def run_job(job: Job) -> None:
-    """To its end, from wherever an earlier process left it."""
-    run_dir = Path(job.settings.run_dir)
-    while is_running(run_dir):  # by a process whose driver is gone, and which ends in a moment
-        time.sleep(POLL_S)
-    (run_dir / FAILED).unlink(missing_ok=True)
-    if state_of(run_dir) == "finished":
-        return
-    if (run_dir / "index.json").exists():
-        resume(job.settings, run_dir, quiet=True)
-    else:
-        undo(run_dir)  # killed before it had begun
-        launch(job.settings, quiet=True)
+    def _metrics(self) -> dict[str, float]:
+        return {name: math.nan if (v := number(self.last, name)) is None else v for name in EVERY_EPOCH}
 
 
 def job_of(study: Study, chosen: dict[str, Any]) -> Job:
@@ -179,12 +157,6 @@ def _told(job: Job, place: Place) -> Row:
     }
 
 
-def _write(path: Path, value: Any) -> None:
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(value, indent=1) + "\n")
-    draft.replace(path)
-
-
 def run_jobs(study: Study, jobs: list[Job], place: Place) -> None:
     """Run these trials, as many at once as there is room for."""
     told = [{"choices": job.choices, "seed": job.seed, "stage": job.stage} for job in jobs]
@@ -205,7 +177,7 @@ def run_search(study: Study, past: list[Trial], place: Place) -> None:
 
 def _tuner(study: Study, place: Place, space: dict[str, Any] | None, tune_config: tune.TuneConfig) -> tune.Tuner:
     tune_config.max_concurrent_trials = place.at_once
-    tune_config.reuse_actors = False  # a process per trial: what one holds does not count as another's peak memory
+    tune_config.reuse_actors = True  # a trial has a process of its own all the same
     trainable = tune.with_parameters(TrialRun, study=study, place=place)
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": place.cores, "gpu": place.gpus}),
@@ -279,5 +251,5 @@ class _Asha(AsyncHyperBandScheduler):
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP:
             run_dir = Path(job_of(self.study, trial.config).settings.run_dir)
-            _write(run_dir / PRUNED, {"epoch": result["training_iteration"]})
+            write_json(run_dir / PRUNED, {"epoch": result["training_iteration"]})
         return decision

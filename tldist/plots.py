@@ -123,15 +123,15 @@ def gradient_norm(log: RunLog) -> Figure | None:
     mean, largest = log.series(log.train, "grad_norm"), log.series(log.train, "grad_norm_max")
     if not any(y > 0 for y in mean[1]):
         return None
-    with _look():
-        figure, axes = _panel("Gradient norm, before clipping")
+    with look():
+        figure, axes = panel("Gradient norm, before clipping")
         axes.plot(*largest, color=PALETTE[5], marker=_marker(largest[0]), label="largest step")
         axes.plot(*mean, color=PALETTE[0], marker=_marker(mean[0]), label="mean")
         axes.set_yscale("log")
-        _exponents(axes.yaxis)
+        exponents(axes.yaxis)
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=False)
-        _legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=2)
     return figure
 
 

@@ -59,8 +59,17 @@ def study_command(words: Sequence[str]) -> int:
     open_folder(study)
     with only_one(folder):
         control.forget_stop(folder)
-        with control.stopping_on_signals(folder), _alarm(study):
-            _run(study, at_once, share)
+        try:
+            with control.stopping_on_signals(folder), _alarm(study):
+                _run(study, at_once, share)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
+            raise TrainingFailed(
+                f"{type(error).__name__}: {reason} (more in {folder / 'logs'}); what is done is kept, and the same "
+                "command goes on"
+            ) from error
     return _conclude(study)
 
 

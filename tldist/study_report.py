@@ -24,6 +24,7 @@ WITH_INTERVAL = ("val_top1", "best_val_top1", "mean_val_top1", "val_loss", "gap"
 SHOWN = ("val_top1", "best_val_top1", "mean_val_top1", "gap", "images_per_s", "device_seconds", "peak_mem_gib")
 """The metrics that have a column; what the study is judged by comes first."""
 MOST_ARMS_IN_PAIRS = 6
+EVERY_TWO = "Every two"
 MOST_TRIALS = 300
 NOTE = (
     "Mean and 95 % interval (Student's t) over seeds. All runs are judged on the same validation images, so this says "
@@ -113,7 +114,7 @@ def families(log: StudyLog) -> list[Family]:
     is_grid = not log.told.get("is_search")
     axes = {axis: labels for axis, labels in log.axes.items() if len(labels) > 1}
     if len(arms) <= MOST_ARMS_IN_PAIRS and (len(axes) <= 1 or not is_grid):
-        return [Family("Every two", "Paired by seed.", corrected(all_pairs(arms, log.grain)))]
+        return [Family(EVERY_TWO, "Paired by seed.", corrected(all_pairs(arms, log.grain)))]
     best = best_arm(log)
     text = "Paired by seed. The best one was chosen on these very runs, which flatters it."
     found = [Family(f"The best, {best}, against each other", text, corrected(against(best, arms, log.grain)))]
@@ -157,19 +158,26 @@ def conclusions(log: StudyLog) -> list[str]:
 def _told(log: StudyLog, family: Family) -> list[str]:
     tested = [d for d in family.differences if d.p is not None]
     real = [d for d in tested if d.is_real]
-    said = [f"{family.title}: {_difference(log, d)} (p = {_p(d.corrected_p)}, {d.pairs} pairs)." for d in real]
+    where = "" if family.title == EVERY_TWO else f"{family.title}: "
+    said = [f"{where}{_difference(log, d)} ({_p_told(d)}, {d.pairs} pairs)." for d in real]
     if rest := len(tested) - len(real):
         of = f"{rest} of {len(tested)} differences" if len(tested) > 1 else "the difference"
-        said.append(f"{family.title}: {of} cannot be told from noise.")
+        said.append(f"{where}{of} cannot be told from noise.")
     return said
 
 
 def _difference(log: StudyLog, d: Difference) -> str:
-    above, first, second = d.mean >= 0, d.first, d.second
-    if not above:
-        first, second = second, first
-    half = "" if d.half is None else f" ± {amount(log, d.half)}"
-    return f"{first} is {amount(log, abs(d.mean))}{half} above {second}"
+    first, second = (d.first, d.second) if d.mean >= 0 else (d.second, d.first)
+    much = amount(log, abs(d.mean))
+    number, _, unit = much.partition(" ")
+    if d.half is not None:
+        much = f"{number} ± {amount(log, d.half)}" if unit else f"{much} ± {amount(log, d.half)}"
+    return f"{first} is {much} above {second}"
+
+
+def _p_told(d: Difference) -> str:
+    told = _p(d.corrected_p)
+    return f"p {told}" if told.startswith("<") else f"p = {told}"
 
 
 def amount(log: StudyLog, value: float) -> str:

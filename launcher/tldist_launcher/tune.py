@@ -243,7 +243,8 @@ class _Asha(AsyncHyperBandScheduler):
         stand_in = SimpleNamespace(trial_id=trial.name)
         self.on_trial_add(None, stand_in)  # type: ignore[arg-type]
         for row in read(self.study.folder / "trials" / trial.name).evals:
-            told = {"training_iteration": whole(row, "epoch"), self.study.metric: number(row, self.study.metric)}
+            value = number(row, self.study.metric)
+            told = {"training_iteration": whole(row, "epoch"), self.study.metric: math.nan if value is None else value}
             super().on_trial_result(None, stand_in, told)  # type: ignore[arg-type]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
@@ -252,4 +253,5 @@ class _Asha(AsyncHyperBandScheduler):
         if decision == TrialScheduler.STOP:
             run_dir = Path(job_of(self.study, trial.config).settings.run_dir)
             write_json(run_dir / PRUNED, {"epoch": result["training_iteration"]})
+            control.ask_to_stop(run_dir, "study")
         return decision

@@ -53,9 +53,10 @@ def killed(path: Path, folder: Path, at: int, kill: Callable[[subprocess.Popen[b
     """Start the study, and kill when so many trials are finished, while others run."""
     words = [sys.executable, "-m", "tldist_launcher.cli", *arguments(path, folder)]
     environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
-    with (folder.parent / f"log-{at}").open("wb") as log, subprocess.Popen(
-        words, env=environment, stdout=log, stderr=log
-    ) as driver:
+    with (
+        (folder.parent / f"log-{at}").open("wb") as log,
+        subprocess.Popen(words, env=environment, stdout=log, stderr=log) as driver,
+    ):
         deadline = time.monotonic() + 400
         while len(finished(folder)) < at:
             assert time.monotonic() < deadline, "too slow"

@@ -15,7 +15,7 @@ from tldist.study import Metric
 
 MOST_CURVES = 10
 NAMED_POINTS = 10
-WIDE_IN = (1.6 * PANEL_IN[0], 1.3 * PANEL_IN[1])
+TALL_IN = (1.12 * PANEL_IN[0], 1.3 * PANEL_IN[1])
 
 
 def pareto(arms: Mapping[str, tuple[Mean, Mean]], metric: Metric, cost: str) -> Figure | None:
@@ -25,28 +25,28 @@ def pareto(arms: Mapping[str, tuple[Mean, Mean]], metric: Metric, cost: str) -> 
     points = {name: (spent.mean, value.mean) for name, (spent, value) in arms.items()}
     best = frontier(points, metric.lower_is_better)
     with look():
-        figure = Figure(figsize=WIDE_IN, layout="constrained")
+        figure = Figure(figsize=TALL_IN, layout="constrained")
         axes = figure.subplots()
         axes.set_title(f"{metric.heading} against cost")
         axes.plot(*zip(*(points[name] for name in best), strict=True), color=PALETTE[0], linewidth=1, zorder=1)
-        for name, (spent, value) in arms.items():
+        for i, (name, (spent, value)) in enumerate(arms.items()):
             colour = PALETTE[0] if name in best else "#9aa5b1"
             axes.errorbar(spent.mean, value.mean, value.half or 0.0, fmt="o", color=colour, capsize=3, markersize=6)
             if name in best or len(arms) <= NAMED_POINTS:
-                _name_point(axes, name, points[name], INK if name in best else MUTED)
+                place = (7, 5 if i % 2 == 0 else -12)  # neighbours' names above and below
+                ink = INK if name in best else MUTED
+                axes.annotate(
+                    printable(name), points[name], xytext=place, textcoords="offset points", fontsize=8.5, color=ink
+                )
         costs = [spent for spent, _ in points.values()]
         if max(costs) > 10 * min(costs) > 0:
             axes.set_xscale("log")
             exponents(axes.xaxis)
-        axes.margins(x=0.22, y=0.15)
+        axes.margins(x=0.25, y=0.15)
         axes.set_xlabel(f"{cost} per run")
         if metric.written(0.5).endswith("%"):
             axes.yaxis.set_major_formatter(share)
     return figure
-
-
-def _name_point(axes, name: str, point: tuple[float, float], colour: str) -> None:
-    axes.annotate(printable(name), point, xytext=(7, 5), textcoords="offset points", fontsize=8.5, color=colour)
 
 
 def curves(arms: Mapping[str, Sequence[Sequence[float]]]) -> Figure | None:
@@ -57,7 +57,7 @@ def curves(arms: Mapping[str, Sequence[Sequence[float]]]) -> Figure | None:
         return None
     with look():
         figure, axes = panel("Validation top-1")
-        figure.set_size_inches(*WIDE_IN)
+        figure.set_size_inches(*TALL_IN)
         for i, (name, runs) in enumerate(known.items()):
             by_epoch = list(zip(*runs, strict=False))  # as far as all seeds came
             epochs = range(1, len(by_epoch) + 1)
@@ -83,8 +83,8 @@ def tried(values: Mapping[str, Sequence[tuple[float, float, bool]]], metric: Met
     if not known:
         return None
     with look():
-        figure = Figure(figsize=(WIDE_IN[0], PANEL_IN[1] * -(-len(known) // 2)), layout="constrained")
-        panels = figure.subplots(-(-len(known) // 2), 2 if len(known) > 1 else 1, squeeze=False).flat
+        figure = Figure(figsize=(TALL_IN[0], 0.85 * PANEL_IN[1] * len(known)), layout="constrained")
+        panels = figure.subplots(len(known), 1, squeeze=False).flat
         for axes, (axis, points) in zip(panels, known.items(), strict=False):
             for early, colour, label in ((False, PALETTE[0], "to the end"), (True, "#9aa5b1", "given up early")):
                 shown = [(x, y) for x, y, was_early in points if was_early == early]
@@ -97,7 +97,5 @@ def tried(values: Mapping[str, Sequence[tuple[float, float, bool]]], metric: Met
             axes.set_ylabel(metric.heading)
             if metric.written(0.5).endswith("%"):
                 axes.yaxis.set_major_formatter(share)
-        for unused in list(panels):
-            unused.set_visible(False)
         legend_below(figure, figure.axes[0], columns=2)
     return figure

@@ -279,13 +279,13 @@ def _page(log: StudyLog, folder: Path) -> Page:
             "Accuracy against cost",
             "Joined: what no other beats in both. Bars: 95 % intervals.",
             pictures=drawn.all(
-                [("pareto", study_plots.pareto(costs, METRICS[log.metric], heading(log, "device_seconds")))], wide=True
+                [("pareto", study_plots.pareto(costs, METRICS[log.metric], heading(log, "device_seconds")))]
             ),
         ),
         Section(
             "Epoch by epoch",
             "Mean over seeds, and the range between the lowest and the highest.",
-            pictures=drawn.all([("curves", study_plots.curves(seen))], wide=True),
+            pictures=drawn.all([("curves", study_plots.curves(seen))]),
         ),
         *_search(log, drawn),
         Section("Trials", table=_trials(log)),
@@ -321,16 +321,17 @@ def _facts(log: StudyLog) -> list[Fact]:
     done = [trial for trial in log.trials if trial.state in ("finished", "pruned")]
     spent = sum(trial.values.get("device_seconds", 0.0) for trial in log.trials)
     best = next(trials for arm, trials in log.arms().items() if arm_title(log, arm) == best_arm(log))
+    mean = means(best, log.metric)
     return [
         Fact("trials", str(len(done)), f"of {len(log.trials)} begun"),
         Fact("arms", str(len(log.arms()))),
-        Fact(f"best {METRICS[log.metric].heading}", written(log.metric, means(best, log.metric)), best_arm(log)),
+        Fact(f"best {METRICS[log.metric].heading}", METRICS[log.metric].written(mean and mean.mean), best_arm(log)),
         Fact("spent", wording.rate(spent), heading(log, "device_seconds")),
     ]
 
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    return Table(list(names), [[Cell(cell, "best" if cell == "yes" else "") for cell in row] for row in rows])
+    return Table(list(names), [[Cell(cell, "best" if cell == "yes" else "number") for cell in row] for row in rows])
 
 
 def _results(log: StudyLog) -> Table:
@@ -367,7 +368,7 @@ def _search(log: StudyLog, drawn: Drawer) -> list[Section]:
         if kept
         else "the best is the luckiest too: give more seeds to have the best run again."
     )
-    picture = drawn.all([("tried", study_plots.tried(points, METRICS[log.metric]))], wide=True)
+    picture = drawn.all([("tried", study_plots.tried(points, METRICS[log.metric]))])
     table = _table([*log.axes, METRICS[log.metric].heading, "epochs", "state"], rows)
     return [Section("What was tried", text, table=table, pictures=picture)]
 

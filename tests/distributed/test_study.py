@@ -36,7 +36,7 @@ def written(folder: Path, photos: Path, **told: Any) -> Path:
         "train.epochs": 3, "tracking.wandb": "disabled", "tracking.log_every": 1,
     }  # fmt: skip
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({"recipe": "folder", "flags": flags, **told}))
+    path.write_text(yaml.safe_dump({"recipe": "folder", "flags": flags, **told}, sort_keys=False))
     return path
 
 

@@ -18,11 +18,11 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 LOOK = """(() => {
-  const page = document.documentElement, width = innerWidth;
+  const page = document.documentElement, width = WIDTH;  // innerWidth grows with what is too wide, on a phone
   const wide = [...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll, pre') &&
     e.getBoundingClientRect().right > width + 1).map(e => e.tagName + '.' + e.className);
   const images = [...document.images];
-  return {scroll: page.scrollWidth, width, wide,
+  return {scroll: page.scrollWidth, wide,
     missing: images.filter(i => !(i.complete && i.naturalWidth)).map(i => i.alt), images: images.length,
     type: parseFloat(getComputedStyle(document.querySelector('td') || document.body).fontSize)};
 })()"""
@@ -37,7 +37,6 @@ class Seen:
     asked_for: list[str]
     """Addresses other than the page's own and data: ones."""
     scroll_px: int
-    width_px: int
     too_wide: list[str]
     """Elements that reach over the right edge, tables that scroll in themselves aside."""
     missing: list[str]
@@ -93,14 +92,14 @@ class Browser:
         self._events.clear()
         self._ask("Page.navigate", {"url": page.absolute().as_uri()}, tab)
         self._until("Page.loadEventFired")
-        found = self._ask("Runtime.evaluate", {"expression": LOOK, "returnByValue": True}, tab)["result"]["value"]
+        look = {"expression": LOOK.replace("WIDTH", str(width_px)), "returnByValue": True}
+        found = self._ask("Runtime.evaluate", look, tab)["result"]["value"]
         shot = self._ask("Page.captureScreenshot", {"captureBeyondViewport": True}, tab)["data"]
         self._ask("Target.closeTarget", {"targetId": target})
         return Seen(
             errors=[told for event in self._events if (told := _error(event))],
             asked_for=[url for event in self._events if (url := _address(event)) and url != page.absolute().as_uri()],
             scroll_px=found["scroll"],
-            width_px=found["width"],
             too_wide=found["wide"],
             missing=found["missing"],
             images=found["images"],

@@ -27,7 +27,7 @@ def written(folder: Path, photos: Path, **changes: Any) -> Path:
     """A sound study's file, with changes; None takes a key away."""
     told = {"recipe": "folder", "flags": {**FLAGS, "data.root": str(photos)}, "grid": GRID, "seeds": 2} | changes
     path = folder / "mine.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in told.items() if value is not None}))
+    path.write_text(yaml.safe_dump({key: value for key, value in told.items() if value is not None}, sort_keys=False))
     return path
 
 

@@ -121,7 +121,9 @@ class Study:
         name = self._name(choices, seed, stage)
         settings = config.with_values(self.base, values)
         launch = replace(settings.launch, workers=1, kind="local")
-        settings = replace(settings, launch=launch, run_dir=str(self.folder / "trials" / name))
+        tracking = replace(settings.tracking, group=settings.tracking.group or self.name)
+        run_dir = str(self.folder / "trials" / name)
+        settings = replace(settings, launch=launch, tracking=tracking, run_dir=run_dir)
         labels = {axis.name: axis.label(choices[axis.name]) for axis in self.axes}
         return Job(name, dict(choices), seed, stage, settings, labels)
 

@@ -89,9 +89,8 @@ class TrialRun(tune.Trainable):
             write_json(run_dir / TRIAL, _told(self.job, self.place))
         # LOCAL_WORLD_SIZE is what `dist.local_workers` divides this machine's cores by.
         sharing = str(max(1, round(dist.cores() / self.place.cores)))
-        group = os.environ.get("WANDB_RUN_GROUP", self.study.name)
         self.rows, self.last = eval_rows(run_dir), {}
-        self.process = TrialProcess(self.job, {"LOCAL_WORLD_SIZE": sharing, "WANDB_RUN_GROUP": group})
+        self.process = TrialProcess(self.job, {"LOCAL_WORLD_SIZE": sharing})
 
     def step(self) -> dict[str, Any]:
         """Wait for the next validation; `done` with the last one, when all is written.

@@ -44,6 +44,7 @@ def test_a_grid_is_every_combination_with_every_seed(photos: Path, tmp_path: Pat
     one = jobs[-1].settings
     assert (one.strategy.name, one.data.mixup, one.seed) == ("feature_extraction", 0.2, 1)
     assert (one.data.image_size, one.launch.workers, one.launch.kind) == (32, 1, "local")
+    assert one.tracking.group == "mine"
     assert one.run_dir == str(tmp_path / "study" / "trials" / jobs[-1].name)
 
 

@@ -4,13 +4,14 @@ export PYTHON
 # With this set, as some sandboxes have it, each process compiles torch and Ray anew: 2x slower imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo test faults lint clean
+.PHONY: help env demo test faults slurm lint clean
 
 help:
 	@echo "make env    install everything into .venv"
 	@echo "make demo   every strategy on digits, in minutes, offline"
 	@echo "make test   the tests"
 	@echo "make faults break runs in every way, ten times each, and compare their bits: an hour or more"
+	@echo "make slurm  jobs on a two-node Slurm cluster, with time limits and lost nodes: ten minutes"
 	@echo "make lint   ruff and pyright"
 	@echo "make clean  remove .venv and caches; runs/ stays"
 
@@ -27,6 +28,9 @@ test: env
 
 faults: env
 	.venv/bin/python tests/faults/harness.py
+
+slurm: env
+	TLDIST_LONG=1 .venv/bin/python -m pytest -q tests/slurm
 
 lint: env
 	.venv/bin/ruff check .

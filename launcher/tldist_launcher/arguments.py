@@ -65,7 +65,7 @@ def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
     if not given and (place == len(words) or words[place].startswith("--")):
         raise UserError("--resume needs a run directory")
     run_dir = Path(given or words.pop(place)).expanduser().absolute()
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "index.json").is_file():
+    if not (run_dir / "config.yaml").is_file() or not any((run_dir / name).is_file() for name in _BEGUN):
         raise UserError(f"{run_dir} is no run directory: give the folder that a run printed as `run:`")
     for word in words:
         if word.startswith("--") and word.split(".")[0] not in MAY_CHANGE:
@@ -73,6 +73,10 @@ def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
             raise UserError(f"{flag} cannot change in a resumed run: only flags of {', '.join(MAY_CHANGE)} can")
     settings = parse_run(["--config", str(run_dir / "config.yaml"), *words], "train", ("--resume",))
     return dataclasses.replace(settings, run_dir=str(run_dir)), run_dir
+
+
+_BEGUN = ("index.json", "submit.json")
+"""A run has the first when it has begun, and the second when it was submitted to begin elsewhere."""
 
 
 def _take_config(words: list[str]) -> Path | None:

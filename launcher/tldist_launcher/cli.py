@@ -62,9 +62,10 @@ def _help() -> str:
 
 def _details(name: str) -> str:
     """What else a command's room has to say of it."""
-    if name not in ("data", "evaluate", "export", "predict", "study"):
+    if name not in ("data", "evaluate", "export", "predict", "study", "submit"):
         return ""
-    return f"\n\n{importlib.import_module(f'tldist_launcher.{name}').HELP}"
+    room = "slurm" if name == "submit" else name
+    return f"\n\n{importlib.import_module(f'tldist_launcher.{room}').HELP}"
 
 
 def _train(words: Sequence[str]) -> int:
@@ -75,6 +76,24 @@ def _train(words: Sequence[str]) -> int:
     run_dir = launch(parse_run(words, "train", ("--resume",))) if interrupted is None else resume(*interrupted)
     print(f"run: {run_dir}")
     return 0
+
+
+def _submit(words: Sequence[str]) -> int:
+    from tldist_launcher.slurm import submit
+
+    return submit(words)
+
+
+def _runs(words: Sequence[str]) -> int:
+    from tldist_launcher.runs import runs_command
+
+    return runs_command(words)
+
+
+def _logs(words: Sequence[str]) -> int:
+    from tldist_launcher.runs import logs_command
+
+    return logs_command(words)
 
 
 def _plan(words: Sequence[str]) -> int:
@@ -168,6 +187,13 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         "train RECIPE [--section.flag VALUE ...]",
         "fine-tune; --config FILE repeats a run, --resume RUN_DIR goes on",
     ),
+    "submit": (
+        _submit,
+        "submit RECIPE --nodes N [--flag VALUE ...]",
+        "train on a Slurm cluster; --dry-run prints the script",
+    ),
+    "runs": (_runs, "runs [FOLDER]", "run directories below it, and how each stands"),
+    "logs": (_logs, "logs RUN_DIR [--follow]", "what a run printed, and goes on to print"),
     "plan": (
         _plan,
         "plan RECIPE [--section.flag VALUE ...]",

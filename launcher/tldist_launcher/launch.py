@@ -49,7 +49,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
 
 
 def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
-    """Go on with an interrupted run in its directory, from its last checkpoint, or from the start if it has none.
+    """Go on with an interrupted run in its directory, from its last checkpoint, or begin one that was only submitted.
 
     `settings` are those of its config.yaml. Raises UserError where the images are not those it began with.
     """
@@ -57,24 +57,34 @@ def resume(settings: RunConfig, run_dir: Path, quiet: bool = False) -> Path:
         raise UserError(f"{run_dir} has reached its end: nothing is left to resume")
     settings = absolute(settings)
     index = preflight(settings)
-    began_with = load_index(run_dir / "index.json")
-    if began_with.fingerprint != index.fingerprint:
+    path = run_dir / "index.json"
+    if path.exists() and load_index(path).fingerprint != index.fingerprint:
         raise UserError(
             f"the images under {settings.data.root} are not those that {run_dir} began with: bring them back, or "
             "start a new run"
         )
     with only_one(run_dir):
+        if not path.exists():
+            save_index(index, path)
         return _to_the_end(settings, run_dir, quiet)
 
 
 @contextlib.contextmanager
 def only_one(run_dir: Path) -> Iterator[None]:
-    """Two processes that write one run directory would spoil it."""
+    """Two processes that write one run directory would spoil it.
+
+    A Slurm job that comes back waits for what is left of its last start on a node that Slurm has lost sight of.
+    """
+    deadline = time.monotonic() + (LEFTOVER_S if os.environ.get("SLURM_RESTART_COUNT") else 0)
     with (run_dir / "logs" / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
+                time.sleep(1)
         yield
 
 
@@ -88,6 +98,10 @@ def is_running(run_dir: Path) -> bool:
     except FileNotFoundError:
         pass
     return False
+
+
+LEFTOVER_S = 300.0
+"""How long a lost node's processes, and a network file system's locks, may outlive it."""
 
 
 def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
@@ -113,7 +127,9 @@ def _to_the_end(settings: RunConfig, run_dir: Path, quiet: bool) -> Path:
 
 def absolute(settings: RunConfig) -> RunConfig:
     """Paths as every worker understands them, wherever it runs."""
-    root, weights = settings.data.root, settings.model.weights
+    root, weights, features = settings.data.root, settings.model.weights, settings.cache.dir
+    if features:
+        features = os.path.abspath(Path(features).expanduser())  # noqa: PTH100 - resolve() would follow links
     if root:
         root = os.path.abspath(Path(root).expanduser())  # noqa: PTH100 - resolve() would follow links
     if Path(weights).expanduser().is_file():
@@ -122,6 +138,7 @@ def absolute(settings: RunConfig) -> RunConfig:
         settings,
         data=dataclasses.replace(settings.data, root=root),
         model=dataclasses.replace(settings.model, weights=weights),
+        cache=dataclasses.replace(settings.cache, dir=features),
     )
 
 
@@ -185,11 +202,16 @@ def _check_machine(settings: RunConfig) -> None:
         )
 
 
-def make_run_dir(settings: RunConfig) -> Path:
-    """The run directory, fresh: --run-dir, or runs/RECIPE-STRATEGY-TIME."""
+def named_run_dir(settings: RunConfig) -> Path:
+    """Where the run would go if it began now."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = settings.run_dir or f"runs/{settings.recipe}-{settings.strategy.name}-{stamp}"
-    run_dir = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
+    return Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 - resolve() would follow links
+
+
+def make_run_dir(settings: RunConfig) -> Path:
+    """The run directory, fresh: --run-dir, or runs/RECIPE-STRATEGY-TIME."""
+    run_dir = named_run_dir(settings)
     try:
         if any((run_dir / name).exists() for name in _OWN_FILES):
             raise UserError(f"{run_dir} already holds a run: choose another --run-dir")
@@ -202,7 +224,7 @@ def make_run_dir(settings: RunConfig) -> Path:
     return run_dir
 
 
-_OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl")
+_OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl", "job.sbatch")
 
 
 def undo(run_dir: Path) -> None:

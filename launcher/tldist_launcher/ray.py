@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "45",
+    "RAY_worker_niceness": "0",  # 15 by default: training would wait for whatever else runs here
 }
 
 PLACES_WAIT_S = 300

@@ -33,7 +33,9 @@ def environment(observed: Path) -> dict[str, str]:
     paths = os.pathsep.join(map(str, (HERE / "observe", *SOURCES)))
     own = {"PYTHONPATH": paths, "TLDIST_OBSERVE": str(observed), "RAY_AUTH_MODE": "disabled"}
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **own, **quiet}
+    # Other programs' memory is no reason to kill a worker, nor their work one to wait.
+    alone = {"RAY_memory_monitor_refresh_ms": "0", "RAY_worker_niceness": "0"}
+    return {**os.environ, **own, **quiet, **alone}
 
 
 class Node:

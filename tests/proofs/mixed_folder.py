@@ -73,7 +73,7 @@ def one_at_a_time(trained: Trained, paths: list[Path]) -> int:
             image = Image.open(path).convert("RGB")
         except (OSError, SyntaxError):
             continue
-        trained.model(transform(image)[None]).softmax(dim=1).max(dim=1)
+        trained.model(torch.as_tensor(transform(image))[None]).softmax(dim=1).max(dim=1)
         good += 1
     return good
 

@@ -97,7 +97,9 @@ def test_the_demo_deletes_nobodys_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "photo.jpg").exists()
 
 
-@pytest.mark.parametrize("command", ["find-lr", "demo", "data", "evaluate", "export", "predict", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["find-lr", "demo", "data", "evaluate", "export", "predict", "doctor", "submit", "runs", "logs"]
+)
 def test_help_of_small_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"usage: tldist {command}" in capsys.readouterr().out

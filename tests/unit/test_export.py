@@ -172,7 +172,8 @@ def test_nan_is_not_the_same(trained_run: Path) -> None:
     trained = open_run(trained_run)
 
     def nothing(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return (np.full((len(x), 2), np.nan, np.float32),) * 2
+        wrong = np.full((len(x), 2), np.nan, np.float32)
+        return wrong, wrong
 
     judged = validation_images(trained_run, trained.card)
     with pytest.raises(NotTheSame):

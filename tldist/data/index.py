@@ -123,7 +123,7 @@ def build_index(root: str | Path, classes: Sequence[str] = (), progress: Progres
             does not have, an unknown name in `classes`, fewer than two classes, an unreadable folder; a shard that is
             damaged, missing, or not what it was when it was written.
     """
-    folder = _root_folder(root)
+    folder = root_folder(root)
     if is_shards(folder):
         with ThreadPoolExecutor(num_workers()) as pool:
             return _index_of_shards(folder, classes, open_shards(folder, pool, progress))
@@ -300,7 +300,8 @@ def _split_of_shards(shards: dict[str, list[Row]], labels: dict[int, int]) -> Sp
 # The folder
 
 
-def _root_folder(root: str | Path) -> str:
+def root_folder(root: str | Path) -> str:
+    """The folder of images, as an absolute path. Raises UserError where there is none."""
     if not str(root):
         raise UserError(f"--data.root is missing: give the folder that holds {_LAYOUT}")
     folder = Path(os.path.abspath(Path(root).expanduser()))  # noqa: PTH100 - resolve() would follow links

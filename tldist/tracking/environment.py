@@ -67,6 +67,8 @@ def _cpu_name() -> str:
 def _commit() -> str | None:
     """The commit of the source tree that runs, `+` when it has changes; None where it is an installed wheel."""
     here = Path(__file__).resolve().parents[2]
+    if (here / "COMMIT").exists():  # a copy that `tldist submit` took
+        return (here / "COMMIT").read_text() or None
     if not (here / ".git").exists():
         return None
     try:

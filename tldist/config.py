@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -388,6 +388,24 @@ def load(path: Path, base: RunConfig | None = None) -> RunConfig:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except pydantic.ValidationError as error:
         raise UserError(f"{path}: {_first_problem(error)}") from error
+
+
+def with_values(base: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """`base` with these fields, by dotted name (`data.batch_size`). Raises UserError: unknown names, values of a wrong
+    kind."""
+    merged, known = to_dict(base), flags()
+    for name, value in values.items():
+        if name not in known:
+            raise UserError(f"there is no flag '{name}'{nearest(name, known)}")
+        *sections, leaf = name.split(".")
+        section = merged
+        for part in sections:
+            section = section[part]
+        section[leaf] = value
+    try:
+        return _ADAPTER.validate_python(merged)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(error)) from error
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def width_px(figure: Figure) -> int:
 def png(figure: Figure, path: Path) -> str:
     """Save `figure` at `path` and return the same picture as a `data:` URI."""
     buffer = io.BytesIO()
-    with _look():
+    with look():
         FigureCanvasAgg(figure)
         figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ def top1(log: RunLog) -> Figure | None:
     """Training and validation top-1."""
     figure = _train_and_val(log, "Top-1", "top1", "val_top1")
     if figure is not None:
-        figure.axes[0].yaxis.set_major_formatter(_share)
+        figure.axes[0].yaxis.set_major_formatter(share)
     return figure
 
 
@@ -99,8 +99,8 @@ def learning_rates(log: RunLog) -> Figure | None:
     if not curves:
         return None
     shared = [([stage for stage, _ in group], curve) for curve, group in groupby(curves, key=lambda item: item[1])]
-    with _look():
-        figure, axes = _panel("Learning rate per stage")
+    with look():
+        figure, axes = panel("Learning rate per stage")
         colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.85, len(shared)))
         for (stages, curve), colour in zip(shared, colours, strict=True):
             label = stages[0] if len(stages) == 1 else f"{stages[0]} to {stages[-1]}"
@@ -114,7 +114,7 @@ def learning_rates(log: RunLog) -> Figure | None:
         _log_rates(axes, [rate for _, curve in shared for _, rate in curve if rate > 0])
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=False)
-        _legend_below(figure, axes, columns=3)
+        legend_below(figure, axes, columns=3)
     return figure
 
 
@@ -123,15 +123,15 @@ def gradient_norm(log: RunLog) -> Figure | None:
     mean, largest = log.series(log.train, "grad_norm"), log.series(log.train, "grad_norm_max")
     if not any(y > 0 for y in mean[1]):
         return None
-    with _look():
-        figure, axes = _panel("Gradient norm, before clipping")
+    with look():
+        figure, axes = panel("Gradient norm, before clipping")
         axes.plot(*largest, color=PALETTE[5], marker=_marker(largest[0]), label="largest step")
         axes.plot(*mean, color=PALETTE[0], marker=_marker(mean[0]), label="mean")
         axes.set_yscale("log")
-        _exponents(axes.yaxis)
+        exponents(axes.yaxis)
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=False)
-        _legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=2)
     return figure
 
 
@@ -140,14 +140,14 @@ def throughput(log: RunLog) -> Figure | None:
     speed, waits = log.series(log.train, "images_per_s"), log.series(log.train, "data_wait_share")
     if not speed[0] and not waits[0]:
         return None
-    with _look():
+    with look():
         figure = Figure(figsize=PANEL_IN, layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
         upper.set_title("Images per second")
         upper.plot(*speed, color=PALETTE[0], marker=_marker(speed[0]))
         lower.set_title("Waiting for data")
         lower.plot(*waits, color=PALETTE[1], marker=_marker(waits[0]))
-        lower.yaxis.set_major_formatter(_share)
+        lower.yaxis.set_major_formatter(share)
         upper.set_ylim(0, 1.15 * _largest(speed[1], 1.0))
         lower.set_ylim(0, 1.15 * _largest(waits[1], 0.1))
         _span_of_run(lower, log)
@@ -164,14 +164,14 @@ def confusion(classes: Sequence[str], matrix: object) -> Figure | None:
     size = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3.3 + 0.13 * size, 6.4)
-    with _look():
+    with look():
         figure = Figure(figsize=(side + 0.7, side), layout="constrained")
         axes = figure.subplots()
         axes.set_title("Confusion matrix")
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         axes.grid(False)
         axes.set(xlabel="predicted", ylabel="true class")
-        _class_ticks(axes, [_printable(name) for name in classes], size)
+        _class_ticks(axes, [printable(name) for name in classes], size)
         if size <= NUMBERED_CLASSES:
             for (row, column), value in np.ndenumerate(counts):
                 ink = "white" if shares[row, column] > 0.5 else INK
@@ -184,13 +184,13 @@ def bars(title: str, values: Mapping[str, float], written: Callable[[float], str
     known = {name: value for name, value in values.items() if math.isfinite(value)}
     if not known:
         return None
-    with _look():
+    with look():
         figure = Figure(figsize=(PANEL_IN[0], 0.9 + 0.34 * len(known)), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title)
         drawn = axes.barh(range(len(known)), list(known.values()), color=PALETTE[0], height=0.62)
         axes.bar_label(drawn, [written(value) for value in known.values()], padding=4)
-        axes.set_yticks(range(len(known)), [_printable(name) for name in known], color=INK)
+        axes.set_yticks(range(len(known)), [printable(name) for name in known], color=INK)
         axes.set_xlim(0, 1.18 * _largest(list(known.values()), 1e-9))
         axes.invert_yaxis()
         axes.xaxis.set_visible(False)
@@ -204,19 +204,19 @@ def validation_curves(logs: Mapping[str, RunLog]) -> Figure | None:
     curves = {name: log.series(log.evals, "val_top1") for name, log in logs.items()}
     if not any(x for x, _ in curves.values()):
         return None
-    with _look():
-        figure, axes = _panel("Validation top-1")
+    with look():
+        figure, axes = panel("Validation top-1")
         figure.set_size_inches(1.12 * PANEL_IN[0], 1.3 * PANEL_IN[1])
         for i, (name, (x, y)) in enumerate(curves.items()):
             colour, dash = PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)]
             # A label that starts with an underscore would be left out of the legend.
-            label = " " + _printable(name) if name.startswith("_") else _printable(name)
+            label = " " + printable(name) if name.startswith("_") else printable(name)
             axes.plot(x, y, color=colour, linestyle=dash, marker=_marker(x), label=label)
-        axes.yaxis.set_major_formatter(_share)
+        axes.yaxis.set_major_formatter(share)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch" if all(log.steps_per_epoch for log in logs.values()) else "step")
-        _legend_below(figure, axes, columns=3)
+        legend_below(figure, axes, columns=3)
     return figure
 
 
@@ -224,25 +224,25 @@ def rate_range(
     rates: Sequence[float], losses: Sequence[float], smooth: Sequence[float], marks: Mapping[str, float | None]
 ) -> Figure:
     """Loss over the learning rate, as measured and smoothed; a vertical line at each mark that has a rate."""
-    with _look():
-        figure, axes = _panel("Learning-rate range test")
+    with look():
+        figure, axes = panel("Learning-rate range test")
         axes.plot(rates, losses, "o", color=MUTED, alpha=0.45, markersize=3, label="one step")
         axes.plot(rates, smooth, color=PALETTE[0], label="smoothed")
         known = [(name, rate) for name, rate in marks.items() if rate is not None]
         for (name, rate), colour, dash in zip(known, PALETTE[1:], DASHES, strict=False):
             axes.axvline(rate, color=colour, linestyle=dash, label=f"{name} {rate:.2g}")
         axes.set_xscale("log")
-        _exponents(axes.xaxis)
+        exponents(axes.xaxis)
         # A diverged loss would press all the rest flat.
         finite = [loss for loss in losses if math.isfinite(loss)]
         axes.set_ylim(0, min(_largest(finite, 1e-9), 1.6 * _largest(smooth, 1e-9)) * 1.05)
         axes.set(xlabel="learning rate of the head (--optim.base-lr)", ylabel="training loss")
-        _legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=2)
     return figure
 
 
 @contextmanager
-def _look():
+def look():
     """Draw in the report's style, whatever the user's matplotlibrc says."""
     with mpl.rc_context(cast("Any", {**mpl.rcParamsDefault, **STYLE})), warnings.catch_warnings():
         # A class name in a script the font lacks shows as boxes; the warning would only alarm.
@@ -250,7 +250,7 @@ def _look():
         yield
 
 
-def _panel(title: str) -> tuple[Figure, Axes]:
+def panel(title: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=PANEL_IN, layout="constrained")
     axes = figure.subplots()
     axes.set_title(title)
@@ -261,17 +261,17 @@ def _train_and_val(log: RunLog, title: str, train_key: str, val_key: str) -> Fig
     train, val = log.series(log.train, train_key), log.series(log.evals, val_key)
     if not train[0] and not val[0]:
         return None
-    with _look():
-        figure, axes = _panel(title)
+    with look():
+        figure, axes = panel(title)
         axes.plot(*train, color=PALETTE[0], marker=_marker(train[0]), label="training")
         axes.plot(*val, color=PALETTE[1], marker=_marker(val[0]) or "o", label="validation")
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=True)
-        _legend_below(figure, axes, columns=2)
+        legend_below(figure, axes, columns=2)
     return figure
 
 
-def _share(value: float, _position: float) -> str:
+def share(value: float, _position: float) -> str:
     """A tick in percent; none above 100 %, where only the phases' names stand."""
     return "" if value > 1.0001 else f"{100 * value:.3g} %"
 
@@ -304,7 +304,7 @@ def _phase_lines(axes: Axes, log: RunLog, labels: bool) -> None:
             axes.axvline(x, color="#9aa5b1", linewidth=1, linestyle=(0, (3, 2)), zorder=1)
         if labels:
             axes.annotate(
-                _printable(row.get("name", phase)),
+                printable(row.get("name", phase)),
                 (x, 1),
                 xycoords=axes.get_xaxis_transform(),
                 xytext=(3, -2),
@@ -317,7 +317,7 @@ def _phase_lines(axes: Axes, log: RunLog, labels: bool) -> None:
             )
 
 
-def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
+def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
@@ -344,10 +344,10 @@ def _log_rates(axes: Axes, rates: Sequence[float]) -> None:
     axes.set_yscale("log")
     top = max(rates)
     axes.set_ylim(min(max(min(rates) / 1.5, top / 1e4), top / 12), top * 1.8)
-    _exponents(axes.yaxis)
+    exponents(axes.yaxis)
 
 
-def _exponents(axis: Axis) -> None:
+def exponents(axis: Axis) -> None:
     """1e-3 at the decades of a log axis: matplotlib's own labels need the mathtext that class names rule out."""
     axis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.0e}".replace("e-0", "e-").replace("e+0", "e")))
     axis.set_minor_formatter(lambda rate, _: "")
@@ -382,7 +382,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _printable(name: object) -> str:
+def printable(name: object) -> str:
     """A name as the font machinery takes it: file names may hold bytes that are no text."""
     text = str(name).encode("utf-8", "replace").decode()
     return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -108,7 +108,7 @@ def write_report(run_dir: Path, data_root: Path | None = None) -> Path:
     `data_root` is where the sample pictures are (default: `data.root` of the run's config.yaml).
     """
     log = read(run_dir)
-    drawn = _Drawer(run_dir / "plots")
+    drawn = Drawer(run_dir / "plots")
     sections = [
         Section("Training", pictures=drawn.all([("loss", plots.loss(log)), ("top1", plots.top1(log))])),
         Section("What training sees", pictures=_inputs(run_dir)),
@@ -117,17 +117,17 @@ def write_report(run_dir: Path, data_root: Path | None = None) -> Path:
         _phases(log),
         _predictions(drawn, log, data_root or _data_root(log)),
         Section("Notices", lines=log.notices),
-        Section("Environment", table=_environment(log)),
+        Section("Environment", table=environment_table(log)),
         Section("Configuration", code=yaml.safe_dump(log.config, sort_keys=False) if log.config else ""),
     ]
     page = Page(_title(log), _subtitle(log), _banner(log), _facts(log), _filled(sections))
-    return _render(page, run_dir / "report.html")
+    return render(page, run_dir / "report.html")
 
 
 def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path, title: str, intro: str) -> Path:
     """Write `out_dir/report.html` and `out_dir/plots/*.png` on several runs, by name and in their order."""
     logs = {name: read(run_dir) for name, run_dir in run_dirs.items()}
-    drawn = _Drawer(out_dir / "plots")
+    drawn = Drawer(out_dir / "plots")
     bars = [
         ("top1", plots.bars("Validation top-1, last epoch", _each(logs, "val_top1"), _percent)),
         ("images_per_s", plots.bars("Images per second", _each(logs, "images_per_s"), wording.rate)),
@@ -139,10 +139,10 @@ def write_comparison(run_dirs: Mapping[str, Path], out_dir: Path, title: str, in
         *(_run_section(drawn, name, log) for name, log in logs.items()),
     ]
     page = Page(title, intro, "", [], [s for s in sections if s.text or not s.is_empty])
-    return _render(page, out_dir / "report.html")
+    return render(page, out_dir / "report.html")
 
 
-class _Drawer:
+class Drawer:
     """Saves figures in one folder and hands them on as pictures."""
 
     def __init__(self, folder: Path) -> None:
@@ -157,7 +157,7 @@ class _Drawer:
         return Picture(uri, name.replace("_", " "), plots.width_px(figure), wide)
 
 
-def _render(page: Page, path: Path) -> Path:
+def render(page: Page, path: Path) -> Path:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("tldist", ""), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -236,7 +236,7 @@ def _inputs(run_dir: Path) -> list[Picture]:
     return [Picture(uri, "training images as evaluation shows them, augmented, and mixed", width_px, wide=True)]
 
 
-def _speed_pictures(drawn: _Drawer, log: RunLog) -> list[Picture]:
+def _speed_pictures(drawn: Drawer, log: RunLog) -> list[Picture]:
     figures = {
         "learning_rate": plots.learning_rates(log),
         "gradient_norm": plots.gradient_norm(log),
@@ -318,7 +318,7 @@ def _data_root(log: RunLog) -> Path | None:
     return Path(root) if isinstance(root, str) and root else None
 
 
-def _predictions(drawn: _Drawer, log: RunLog, data_root: Path | None) -> Section:
+def _predictions(drawn: Drawer, log: RunLog, data_root: Path | None) -> Section:
     """The confusion matrix and the pictures the run chose: its worst mistakes, then some it got right."""
     classes, listed = _classes(log), log.predictions.get("samples")
     rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) and data_root else []
@@ -359,7 +359,7 @@ def _thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _environment(log: RunLog) -> Table | None:
+def environment_table(log: RunLog) -> Table | None:
     rows = [[Cell(name, "name"), Cell(value)] for name, value in _flat(log.environment)]
     return Table([], rows) if rows else None
 
@@ -407,7 +407,7 @@ def _results(logs: Mapping[str, RunLog]) -> Table:
     return Table(["run", *COLUMNS], rows)
 
 
-def _run_section(drawn: _Drawer, name: str, log: RunLog) -> Section:
+def _run_section(drawn: Drawer, name: str, log: RunLog) -> Section:
     file_name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", name)
     curves = [(f"{file_name}-loss", plots.loss(log)), (f"{file_name}-top1", plots.top1(log))]
     phases = ", ".join(f"{phase.get('name', '')} ({phase.get('epochs', '?')} epochs)" for phase in log.plan)

@@ -32,16 +32,21 @@ def parse_run(arguments: Sequence[str], command: str, own: Iterable[str] = ()) -
     if file is not None:
         # Repeating a run must not write over it.
         base = dataclasses.replace(config.load(file, base), run_dir="")
-    _check_flags(words, command, own)
-    parsed = tyro.cli(
-        RunConfig,
-        default=base,
-        args=words,
-        prog=f"tldist {command} {name or 'RECIPE'}",
-        description=f"Recipes: {', '.join(RECIPES)}. `--config FILE` repeats a run from its config.yaml.",
-    )
+    parsed = parse_over(base, words, f"{command} {name or 'RECIPE'}", own)
     validate(parsed)
     return parsed
+
+
+def parse_over(base: RunConfig, words: Sequence[str], command: str, own: Iterable[str] = ()) -> RunConfig:
+    """`base` with `--section.field VALUE ...` over it, not yet validated."""
+    _check_flags(words, command.split()[0], own)
+    return tyro.cli(
+        RunConfig,
+        default=base,
+        args=list(words),
+        prog=f"tldist {command}",
+        description=f"Recipes: {', '.join(RECIPES)}. `--config FILE` repeats a run from its config.yaml.",
+    )
 
 
 MAY_CHANGE = ("--launch", "--engine", "--checkpoint", "--tracking")

@@ -62,7 +62,7 @@ def _help() -> str:
 
 def _details(name: str) -> str:
     """What else a command's room has to say of it."""
-    if name not in ("data", "evaluate", "export", "predict", "submit"):
+    if name not in ("data", "evaluate", "export", "predict", "study", "submit"):
         return ""
     room = "slurm" if name == "submit" else name
     return f"\n\n{importlib.import_module(f'tldist_launcher.{room}').HELP}"
@@ -133,6 +133,14 @@ def _transfer_gain(words: Sequence[str]) -> int:
     from tldist_launcher.transfer import gain_command
 
     return gain_command(words)
+
+
+def _study(words: Sequence[str]) -> int:
+    if words and words[0] == "transfer-gain":
+        return _transfer_gain(words[1:])
+    from tldist_launcher.study import study_command
+
+    return study_command(words)
 
 
 def _demo(words: Sequence[str]) -> int:
@@ -242,6 +250,11 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
         _forgetting,
         "forgetting RUN_DIR EARLIER_RUN_DIR ... [--json FILE]",
         "what a run's network still knows of earlier runs' tasks",
+    ),
+    "study": (
+        _study,
+        "study FILE|NAME [--workers N] [--gpus-per-trial F]",
+        "a grid or a search over any flags; also --dir, --seeds, flags of train",
     ),
     "demo": (_demo, "demo [--run-dir DIR]", "every strategy on digits, in minutes, offline"),
     "data": (

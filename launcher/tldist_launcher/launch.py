@@ -44,7 +44,7 @@ def launch(settings: RunConfig, quiet: bool = False) -> Path:
             return _to_the_end(settings, run_dir, quiet)
         except UserError:
             if not (run_dir / "checkpoints").exists():
-                _undo(run_dir)  # nothing was done in it, and the corrected command may name it again
+                undo(run_dir)  # nothing was done in it, and the corrected command may name it again
             raise
 
 
@@ -86,6 +86,18 @@ def only_one(run_dir: Path) -> Iterator[None]:
                     raise UserError(f"another process is running {run_dir}: wait for its end, or stop it") from error
                 time.sleep(1)
         yield
+
+
+def is_running(run_dir: Path) -> bool:
+    """Does a process hold this run directory?"""
+    try:
+        with (run_dir / "logs" / "lock").open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 LEFTOVER_S = 300.0
@@ -224,7 +236,7 @@ def make_run_dir(settings: RunConfig) -> Path:
 _OWN_FILES = ("config.yaml", "index.json", "metrics.jsonl", "job.sbatch")
 
 
-def _undo(run_dir: Path) -> None:
+def undo(run_dir: Path) -> None:
     """Remove what `launch` and a worker that never began wrote; anything else in the folder is not ours."""
     for name in _OWN_FILES:
         (run_dir / name).unlink(missing_ok=True)

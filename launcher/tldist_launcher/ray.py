@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -62,22 +62,33 @@ def train_on_ray(
     """
     # Ray's own patience with a worker that does not answer: longer than the watchdog's, which knows what it was doing.
     waits = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(_patience_s(settings))}
-    for name, value in {**_ENVIRONMENT, **waits}.items():
+    cores = min(settings.launch.most, dist.cores())
+    with on_ray(Path(settings.run_dir) / "logs" / "ray.log", cores, waits) as terminal:
+        _check_cluster(settings)
+        watch(lambda: _fit_with_restarts(settings, terminal, work), terminal)
+
+
+@contextlib.contextmanager
+def on_ray(log: Path, cores: int, environment: Mapping[str, str]) -> Iterator[TextIO]:
+    """Connected to the cluster at RAY_ADDRESS, or to one made here with so many cores; what Ray prints goes to `log`.
+
+    Yields a stream on the real stdout. `environment` is for Ray and its workers; a user's own setting wins.
+    """
+    for name, value in {**_ENVIRONMENT, **environment}.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS") and _has_token():
         # `ray start` asks for a token where one exists, but a driver offers it only when told to; a cluster
         # without authentication takes a driver that offers one.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
-    with chatter_to(Path(settings.run_dir) / "logs" / "ray.log") as terminal:
+    with chatter_to(log) as terminal:
         import ray
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with _keeping_our_handlers(), _children_without(signal.SIGUSR1):
-            _connect(settings)
+            _connect(cores)
         _set_again(before, signal.SIGTERM)
         try:
-            _check_cluster(settings)
-            watch(lambda: _fit_with_restarts(settings, terminal, work), terminal)
+            yield terminal
         finally:
             ray.shutdown()
             _set_again(before, signal.SIGINT)  # Ray Train's own would stay
@@ -125,7 +136,7 @@ def _keeping_our_handlers() -> Iterator[None]:
             utils.set_sigterm_handler = theirs
 
 
-def _connect(settings: RunConfig) -> None:
+def _connect(cores: int) -> None:
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
@@ -136,7 +147,7 @@ def _connect(settings: RunConfig) -> None:
             raise UserError(f"cannot reach the Ray cluster at RAY_ADDRESS={address}: {error}") from error
     else:
         # address="local": a cluster that somebody else left running on this machine is not ours to join.
-        ray.init(address="local", num_cpus=min(settings.launch.most, dist.cores()), include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
 
 
 def _check_cluster(settings: RunConfig) -> None:

@@ -110,8 +110,23 @@ def _derived(log: RunLog, rows: Sequence[Row]) -> Row:
         "peak_mem_gib": max(_finite(log.train, "peak_mem_gib"), default=None),
         "trainable_params": live[-1].get("trainable_params") if live else None,
         "wall_s": max(times) - min(times) if times else None,
+        "seconds": _seconds(rows),
     }
     return log.run | {key: value for key, value in known.items() if value is not None}
+
+
+def _seconds(rows: Sequence[Row]) -> float | None:
+    """How long the run ran, over all its attempts: not the time between an interruption and the next start."""
+    total, began, last = 0.0, None, None
+    for row in rows:
+        time = number(row, "time")
+        if time is None or not math.isfinite(time):
+            continue
+        if began is None or row.get("event") == "run":
+            total += last - began if began is not None and last is not None else 0.0
+            began = time
+        last = time
+    return None if began is None or last is None else round(total + last - began, 2)
 
 
 def _speed(rows: Sequence[Row]) -> Row:

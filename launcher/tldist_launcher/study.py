@@ -226,7 +226,7 @@ def kept(study: Study) -> list[Job] | None:
     """The best configurations of a search with the seeds it did not use: they are judged on runs that did not choose
     them. None while the search goes on."""
     path = study.folder / SEARCHED
-    told = json.loads(path.read_text()) if path.exists() else {"trials": 0}
+    told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"trials": 0}
     if told["trials"] < study.budget.trials:
         return None
     return [study.job(choices, seed, "kept") for seed in study.seeds[1:] for choices in told["kept"]]

@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_and_went_on_is_one_whole_run_in_wandb(
     assert ended(process)[0] == -signal.SIGKILL
     assert ended(start(made)) == (0, "")
 
-    # W    # W&B writes every fifteen seconds: of a process that was killed earlier there is nothing yet, and the next sends it.B writes every fifteen seconds: of a process killed earlier there is nothing yet, and the next one sends it.
+    # W&B writes every fifteen seconds: of a process killed earlier there is nothing yet, and the next one sends it.
     stored = [run for run in map(read, parts(tmp_path / "run")) if run.run_id]
     history = [row for run in stored for row in run.history]
     assert len({run.run_id for run in stored}) == 1

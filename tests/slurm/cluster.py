@@ -33,6 +33,8 @@ def missing() -> str:
         return "network namespaces need root"
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode != 0:
         return "this container may not make network namespaces"
+    if Path(sys.prefix).is_relative_to("/tmp"):
+        return "each node has a /tmp of its own, and this checkout lies below /tmp: move it"
     return ""
 
 

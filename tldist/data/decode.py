@@ -29,8 +29,8 @@ def read_rgb(place: Place) -> Tensor:
 def read_box(place: Place, box: Sequence[int]) -> Tensor:
     """The box (top, left, height, width) of `read_rgb`'s image, to the same bits. ValueError where it does not fit.
 
-    nvImgCodec, which DALI brings, transforms only the blocks of a JPEG that the box touches: 0.97 ms for 1.35 (crops of
-    500 photos of ImageNet, CPU time of one Zen 4 core).
+    nvImgCodec, which DALI brings, transforms only the blocks of a JPEG that the box touches: 0.96 ms for 1.40 (crops
+    of photos of ImageNet, CPU time of one Zen 4 core).
     """
     data_B = read_bytes(place)
     if HAS_NVIMGCODEC and bytes(data_B[:2]) == _JPEG and (crop := _jpeg_box(data_B, *box)) is not None:

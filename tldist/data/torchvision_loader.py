@@ -23,7 +23,7 @@ from tldist.data.loader import ERASED, IN_FLIGHT, POLICY_FILL, Batch, Read
 from tldist.data.presets import BINS, POLICY_OPS, SIGNED_OPS, AugmentSpec, PolicyName, magnitude_range
 
 PARTS_PER_THREAD = 4
-"""Tasks that a batch is cut into: for each image one, handing out and waiting took a tenth of a cached epoch."""
+"""Tasks for each thread that a batch is cut into: enough to keep them busy, few to hand out and wait for."""
 
 _Errors = dict[int, BaseException]
 

@@ -46,6 +46,19 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_domains(photos: Path) -> Path:
+    """`photos` as source and as target, but for the target's 31 training images: fewer than a source epoch shows.
+
+    The folder stands beside `photos`, under this fixture's name.
+    """
+    root = photos.with_name("two_domains")
+    write_images(root / "target" / "train", {"any": 31}, seed=4)
+    for link, to in (("source", photos), ("target/val", photos / "val")):
+        (root / link).symlink_to(to, target_is_directory=True)
+    return root
+
+
+@pytest.fixture(scope="session")
 def trained_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on `photos`, two epochs at 32 px in fp32 by torchvision's loader: its logits are worth comparing.
 

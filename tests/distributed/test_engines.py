@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import run_ranks, write_images
+from conftest import run_ranks
 
 from tldist import backbones, checkpoint, config, dist, fit, worker
 from tldist.config import (
@@ -42,6 +42,8 @@ from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState
 from tldist.phase import freeze
 from tldist.plan import Phase
+
+pytestmark = pytest.mark.usefixtures("two_domains")
 
 CPU = torch.device("cpu")
 ZERO = ("zero1", "zero2", "zero3")
@@ -112,7 +114,7 @@ def settings(photos: Path, run_dir: Path, kind: str, case: str) -> RunConfig:
     """Two steps an epoch, fp32, source statistics in BatchNorm."""
     sections = CASES[case]
     strategy = sections.get("strategy", StrategyConfig())
-    root = photos / "domains" if strategy.name in DOMAINS else photos
+    root = photos.with_name("two_domains") if strategy.name in DOMAINS else photos
     data = replace(sections.get("data", DataConfig()), root=str(root), batch_size=20, image_size=32, threads=1)
     model = ModelConfig(weights=str(source(run_dir.parent)) if case in ("l2_sp", "ewc") else "none")
     if case == "ewc":
@@ -126,16 +128,6 @@ def settings(photos: Path, run_dir: Path, kind: str, case: str) -> RunConfig:
         tracking=TrackingConfig(wandb="disabled", log_every=2),
     )
     return replace(base, **{**sections, "data": data})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _two_domains(photos: Path) -> None:
-    """The same photos as source and as target, and others as the target's training images."""
-    root = photos / "domains"
-    if not root.exists():
-        write_images(root / "target" / "train", {"any": 31}, seed=4)
-        for link, to in (("source", photos), ("target/val", photos / "val")):
-            (root / link).symlink_to(to, target_is_directory=True)
 
 
 def source(folder: Path) -> Path:

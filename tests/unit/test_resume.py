@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import write_images
 
 from tldist import checkpoint, config, control, fit, worker
 from tldist.config import (
@@ -34,6 +33,8 @@ from tldist.config import (
 from tldist.evaluate import Evaluation
 from tldist_launcher.arguments import parse_resume
 from tldist_launcher.launch import only_one, resume
+
+pytestmark = pytest.mark.usefixtures("two_domains")
 
 CASES: dict[str, dict[str, Any]] = {
     "gradual, everything moves": {
@@ -63,23 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "two domains, a discriminator": {
         "strategy": StrategyConfig(name="dann", discriminator_units=16),
-        "data": {"loader": "torchvision", "root": "domains"},
+        "data": {"loader": "torchvision", "root": "../two_domains"},
         "train": TrainConfig(epochs=3, precision="fp32", batchnorm="domain", early_stop=2),
     },
 }
 
-
 STEPS_PER_EPOCH = 5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _two_domains(photos: Path) -> None:
-    """The photos as source and target; the target's training images are fewer than a source epoch shows."""
-    root = photos / "domains"
-    if not root.exists():
-        write_images(root / "target" / "train", {"any": 27}, seed=4)
-        for link, to in (("source", photos), ("target/val", photos / "val")):
-            (root / link).symlink_to(to, target_is_directory=True)
 
 
 @pytest.fixture(scope="module")

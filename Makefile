@@ -4,12 +4,13 @@ export PYTHON
 # With this set, as some sandboxes have it, each process compiles torch and Ray anew: 2x slower imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help env demo test faults slurm lint clean
+.PHONY: help env demo test long faults slurm lint clean
 
 help:
 	@echo "make env    install everything into .venv"
 	@echo "make demo   every strategy on digits, in minutes, offline"
 	@echo "make test   the tests"
+	@echo "make long   the tests in every combination, and those that wait for minutes: an hour or more"
 	@echo "make faults break runs in every way, ten times each, and compare their bits: an hour or more"
 	@echo "make slurm  jobs on a two-node Slurm cluster, with time limits and lost nodes: ten minutes"
 	@echo "make lint   ruff and pyright"
@@ -25,6 +26,9 @@ demo: env
 
 test: env
 	.venv/bin/python -m pytest -q
+
+long: env
+	TLDIST_LONG=1 .venv/bin/python -m pytest -q
 
 faults: env
 	.venv/bin/python tests/faults/harness.py

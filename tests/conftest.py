@@ -14,6 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+LONG = "TLDIST_LONG" in os.environ
+"""Is there time for every combination, and for what waits for minutes? (`make long`)"""
+
 # No run of the tests may reach a W&B account.
 os.environ["WANDB_MODE"] = "offline"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 from cluster import NODES, Cluster, cluster, missing
+from conftest import LONG
 from submitted import LIMIT_S, ROOT, Submitted
 
 from tldist import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S), pytest.mark.skipif(bool(missing()), reason=missing())]
-long = pytest.mark.skipif("TLDIST_LONG" not in os.environ, reason="takes minutes: set TLDIST_LONG=1")
+long = pytest.mark.skipif(not LONG, reason="takes minutes: make slurm")
 
 
 def patience(seconds: float) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as v2
 
 from tldist.config import DataConfig, UserError
 from tldist.data import loader as loaders
@@ -16,6 +17,7 @@ from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
 from tldist.data.index import Index, build_index
 from tldist.data.loader import Batch, Loader, open_loader
 from tldist.data.presets import BINS, POLICY_OPS, PRESETS, AugmentSpec, PolicyName, augment_spec
+from tldist.data.torchvision_loader import write_square
 
 CPU = torch.device("cpu")
 SIDE = 40
@@ -143,3 +145,16 @@ def test_auto_takes_dali_on_gpus_where_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert loaders.loader_kind(DataConfig(), cuda) == "torchvision"
     with pytest.raises(UserError, match="DALI is not installed"):
         loaders.loader_kind(DataConfig(loader="dali"), CPU)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_squares_are_v2s_bit_for_bit(flip: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    for height, width in ((7, 300), (224, 224), (61, 33), (500, 375), (1, 1)):
+        image_CHW = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=rng).permute(2, 0, 1)
+        crop_CHW = image_CHW[:, : max(1, height - 3), width // 4 :]
+        square_HWC = torch.empty((56, 56, 3), dtype=torch.uint8)
+        write_square(square_HWC, crop_CHW, flip)
+        expected = v2.resize(crop_CHW, [56, 56], antialias=True)
+        expected = v2.horizontal_flip(expected) if flip else expected
+        assert torch.equal(square_HWC.permute(2, 0, 1), expected), (height, width)

@@ -86,12 +86,11 @@ class SplitPixels:
         height, width = self.kept.sizes_N2[position].tolist()
         end = self._ends_N[position]
         pixels_HWC = self._pixels_B[end - 3 * height * width : end].reshape(height, width, 3)
-        image_CHW = torch.from_numpy(pixels_HWC).permute(2, 0, 1)
         if not self._filled_N[position]:
-            image_CHW.copy_(self._decode(position, place))
+            torch.from_numpy(pixels_HWC).permute(2, 0, 1).copy_(self._decode(position, place))
             self._filled_N[position] = 1  # only now: another worker may be looking
         top, left, height, width = box
-        return image_CHW[:, top : top + height, left : left + width]
+        return torch.from_numpy(pixels_HWC[top : top + height, left : left + width]).permute(2, 0, 1)
 
     def _decode(self, position: int, place: Place) -> Tensor:
         size, found = self.kept.sizes_N2[position].tolist(), self.found.sizes_N2[position].tolist()

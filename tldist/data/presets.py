@@ -50,6 +50,12 @@ class AugmentSpec:
         return {"none": 0, "rand": self.rand_ops, "trivial": 1}[self.policy]
 
     @property
+    def only_crops(self) -> bool:
+        """Is the square shown as it was cut at random, but for flips?"""
+        as_cut = AugmentSpec(crop_area=self.crop_area, crop_ratio=self.crop_ratio, flip=self.flip)
+        return self.crop_area is not None and self == as_cut
+
+    @property
     def deterministic(self) -> bool:
         """Is an image always shown the same way?"""
         return self == AugmentSpec()

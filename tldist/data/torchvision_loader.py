@@ -45,7 +45,7 @@ class TorchvisionLoader:
         read: Read | None = None,
     ) -> None:
         self.root, self.spec, self.image_size, self.device = root, spec, image_size, device
-        self.bad, self.threads = bad, threads
+        self.bad, self.threads, self.only_crops = bad, threads, spec.only_crops
         self.read: Read = read or (lambda _, place, box: read_box(place, box))
         # Each image is one thread's work; nested intra-op threads would only fight over the cores.
         self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -72,11 +72,14 @@ class TorchvisionLoader:
 
     def _load(self, plan: BatchPlan, rows: Iterable[int], images_NHWC: Tensor) -> _Errors:
         errors: _Errors = {}
+        ids_N, boxes_N4 = plan.ids_N.tolist(), plan.views.box_N4.tolist()
         for i in rows:
-            view = plan.views[i]
             try:
-                crop_CHW = self.read(int(plan.ids_N[i]), plan.place(self.root, i), view.box_N4[0].tolist())
-                images_NHWC[i] = show(crop_CHW, view, self.spec, self.image_size).permute(1, 2, 0)
+                crop_CHW = self.read(ids_N[i], plan.place(self.root, i), boxes_N4[i])
+                if self.only_crops:
+                    write_square(images_NHWC[i], crop_CHW, bool(plan.views.flip_N[i]))
+                else:
+                    images_NHWC[i] = show(crop_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0)
             except (RuntimeError, OSError, ValueError) as error:
                 errors[i] = error
         return errors
@@ -95,12 +98,15 @@ class TorchvisionLoader:
 
 def show(crop_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
     """One image, cut to its view's box, as the rest of the view says: uint8 (3, size, size)."""
-    image = resized(crop_CHW, view.resize_N2[0].tolist())
+    flip = bool(view.flip_N[0])
     if spec.crop_area is None:
         top, left = view.crop_N2[0].tolist()
-        image = image[:, top : top + size, left : left + size]
-    if view.flip_N[0]:
-        image = v2.horizontal_flip(image)
+        image = resized(crop_CHW, view.resize_N2[0].tolist())[:, top : top + size, left : left + size]
+        image = v2.horizontal_flip(image) if flip else image
+    else:
+        square_HWC = torch.empty((size, size, 3), dtype=torch.uint8)
+        write_square(square_HWC, crop_CHW, flip)
+        image = square_HWC.permute(2, 0, 1)
     if spec.rotate_deg:
         image = v2.rotate(image, float(view.angle_N[0]), interpolation=InterpolationMode.BILINEAR)
     if spec.colour:
@@ -126,6 +132,19 @@ def evaluation_square(image_CHW: Tensor, size: int) -> Tensor:
     _, _, crop_N2 = evaluation_crop(np.array([image_CHW.shape[1:]]), size)
     top, left = crop_N2[0].astype(int).tolist()
     return v2.crop(evaluation_resized(image_CHW, size), top, left, size, size)
+
+
+def write_square(square_HWC: Tensor, crop_CHW: Tensor, flip: bool) -> None:
+    """An image resized with antialiasing to fill a square, mirrored where `flip` is: v2's bits, in few calls.
+
+    Every call into torch gives the interpreter's lock away, and beside other threads may wait long to have it back.
+    """
+    crop_HWC = crop_CHW.permute(1, 2, 0)
+    packed_HWC = crop_HWC.flip(1) if flip else crop_HWC.contiguous()
+    # What torch.nn.functional.interpolate calls, but that it has no `out`.
+    torch._C._nn._upsample_bilinear2d_aa(  # pyright: ignore[reportAttributeAccessIssue]
+        packed_HWC.permute(2, 0, 1)[None], square_HWC.shape[:2], False, out=square_HWC.permute(2, 0, 1)[None]
+    )
 
 
 def resized(image_CHW: Tensor, size: list[int]) -> Tensor:

@@ -1,8 +1,12 @@
 """Which differences are real: means with their intervals, and paired tests with Holm's correction. Pure functions.
 
 Two arms of an experiment are compared on equal terms: pair by pair, where a pair shares its seed and all else but what
-is compared. What the pairs share (an easy draw of images, a lucky order) then cancels. What no seed can tell is how
-other validation images would come out: all runs of a study are judged on the same ones.
+is compared. What the pairs share (an easy draw of images, a lucky order) then cancels. Pairs of one seed are no
+independent witnesses: they are averaged, and the test counts seeds. What no seed can tell is how other validation
+images would come out: all runs of a study are judged on the same ones.
+
+An accuracy is a whole multiple of its grain (on 153 images: 1 / 153). Equal values, then, do not mean that there is no
+noise, only less than the grain shows: each value's noise counts as at least that of rounding, grain^2 / 12.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ LEVEL = 0.05
 """A difference is called real where its corrected p is below this."""
 
 Block = tuple[Any, ...]
-"""What a pair shares: the seed, and every other choice."""
+"""What a pair shares: the seed first, and every other choice."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,24 @@ class Difference:
 
     first: str
     second: str
-    pairs: int
+    seeds: int
     mean: float
     half: float | None
-    """Half the width of the mean's 95 % interval, uncorrected; None for fewer than two pairs."""
+    """Half the width of the mean's 95 % interval, uncorrected; None for fewer than two seeds."""
     p: float | None
-    """Of the paired t-test, two-sided; None for fewer than two pairs."""
+    """Of the paired t-test, two-sided; None for fewer than two seeds."""
     corrected_p: float | None = None
     """After Holm (1979), over all differences that were looked at together."""
 
     @property
     def is_real(self) -> bool:
-        """Beyond chance, as far as these pairs tell."""
+        """Beyond chance, as far as these seeds tell."""
         return self.corrected_p is not None and self.corrected_p < LEVEL
 
 
-def mean_of(values: Sequence[float]) -> Mean:
+def mean_of(values: Sequence[float], grain: float = 0.0) -> Mean:
     """Raises ValueError (statistics.StatisticsError) for no values."""
-    return Mean(len(values), statistics.fmean(values), _half_width(values, 0.0))
+    return Mean(len(values), statistics.fmean(values), _half_width(values, grain / math.sqrt(12)))
 
 
 def paired(
@@ -63,21 +67,24 @@ def paired(
 ) -> Difference | None:
     """Two arms, each a name and its values by block; None where they share no block.
 
-    `grain`: the values are whole multiples of it (an accuracy on 153 images: 1 / 153). Then equal differences do not
-    mean that there is no noise, only less than the grain shows: the noise counts as at least that of rounding, as
-    grain^2 / 12 in each of the two values.
+    The differences of one seed's blocks are averaged first: what they share (the draw of images, the order) is in all
+    of them, so only seeds are independent, and the test has as many degrees of freedom as there are seeds, less one.
     """
     (name, values), (other_name, other) = first, second
-    blocks = [block for block in values if block in other]
-    if not blocks:
+    by_seed: dict[Any, list[float]] = {}
+    for block in values:
+        if block in other:
+            by_seed.setdefault(block[0], []).append(values[block] - other[block])
+    if not by_seed:
         return None
-    differences = [values[block] - other[block] for block in blocks]
+    differences = [statistics.fmean(of_seed) for of_seed in by_seed.values()]
     mean, n = statistics.fmean(differences), len(differences)
     if n < 2:
         return Difference(name, other_name, n, mean, None, None)
-    error = _deviation(differences, grain) / math.sqrt(n)
+    least = grain / math.sqrt(6 * min(map(len, by_seed.values())))  # two values rounded, and their difference averaged
+    error = _deviation(differences, least) / math.sqrt(n)
     p = (1.0 if mean == 0 else 0.0) if error == 0 else float(2 * stats.t.sf(abs(mean) / error, n - 1))
-    return Difference(name, other_name, n, mean, _half_width(differences, grain), p)
+    return Difference(name, other_name, n, mean, _half_width(differences, least), p)
 
 
 def all_pairs(arms: Mapping[str, Mapping[Block, float]], grain: float = 0.0) -> list[Difference]:
@@ -118,12 +125,12 @@ def frontier(points: Mapping[str, tuple[float, float]], lower_is_better: bool = 
     return kept
 
 
-def _deviation(values: Sequence[float], grain: float) -> float:
-    """Standard deviation of a sample of differences, at least that of two values rounded to the grain."""
-    return max(statistics.stdev(values), grain / math.sqrt(6))
+def _deviation(values: Sequence[float], least: float) -> float:
+    """Standard deviation of a sample, at least that of rounding."""
+    return max(statistics.stdev(values), least)
 
 
-def _half_width(values: Sequence[float], grain: float) -> float | None:
+def _half_width(values: Sequence[float], least: float) -> float | None:
     if len(values) < 2:
         return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * _deviation(values, grain) / math.sqrt(len(values))
+    return float(stats.t.ppf(0.975, len(values) - 1)) * _deviation(values, least) / math.sqrt(len(values))

@@ -123,14 +123,17 @@ def families(log: StudyLog) -> list[Family]:
 
 def blocks_of_arm(trials: Sequence[Trial], metric: str) -> dict[Any, float]:
     """An arm's values by seed."""
-    return {trial.seed: trial.values[metric] for trial in trials if metric in trial.values}
+    return {(trial.seed,): trial.values[metric] for trial in trials if metric in trial.values}
 
 
 def _by_axis(log: StudyLog, axes: Sequence[str]) -> list[Family]:
-    """For each axis its labels, paired over the seeds and all that the other axes hold; corrected over all axes."""
+    """For each axis its labels, paired by seed and by all that the other axes hold; corrected over all axes."""
     found = {axis: all_pairs(_labels(log, axis), log.grain) for axis in axes}
     right = iter(corrected([difference for pairs in found.values() for difference in pairs]))
-    text = "Paired by seed and by every choice on the other axes."
+    text = (
+        "Paired by seed and by every choice on the other axes. A seed's pairs share its images and their order, so "
+        "they are averaged first: what counts is how many seeds there are."
+    )
     return [Family(axis, text, [next(right) for _ in pairs]) for axis, pairs in found.items()]
 
 
@@ -150,8 +153,9 @@ def best_arm(log: StudyLog) -> str:
 
 def conclusions(log: StudyLog) -> list[str]:
     """The comparisons in words: what is real, and what is noise."""
-    if all(d.p is None for family in families(log) for d in family.differences):
-        return ["One run per arm: no difference can be told from noise. Give more seeds."]
+    differences = [d for family in families(log) for d in family.differences]
+    if differences and all(d.p is None for d in differences):
+        return ["One seed: nothing can be said of any difference. Give more seeds."]
     return [sentence for family in families(log) for sentence in _told(log, family)]
 
 
@@ -159,10 +163,13 @@ def _told(log: StudyLog, family: Family) -> list[str]:
     tested = [d for d in family.differences if d.p is not None]
     real = [d for d in tested if d.is_real]
     where = "" if family.title == EVERY_TWO else f"{family.title}: "
-    said = [f"{where}{_difference(log, d)} ({_p_told(d)}, {d.pairs} pairs)." for d in real]
+    said = [f"{where}{_difference(log, d)} ({_p_told(d)}, {d.seeds} seeds)." for d in real]
     if rest := len(tested) - len(real):
         of = f"{rest} of {len(tested)} differences" if len(tested) > 1 else "the difference"
         said.append(f"{where}{of} cannot be told from noise.")
+    if rest := len(family.differences) - len(tested):
+        of = f"{rest} differences" if rest > 1 else "a difference"
+        said.append(f"{where}nothing can be said of {of} seen with one seed.")
     return said
 
 
@@ -204,7 +211,7 @@ def _difference_rows(log: StudyLog, family: Family) -> list[list[str]]:
             MISSING if d.half is None else f"{_signed(log, d.mean - d.half)} to {_signed(log, d.mean + d.half)}",
             _p(d.p),
             _p(d.corrected_p),
-            "yes" if d.is_real else "not told from noise" if d.p is not None else "one run: no test",
+            "yes" if d.is_real else "not told from noise" if d.p is not None else "one seed: no test",
         ]
         for d in family.differences
     ]

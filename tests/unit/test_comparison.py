@@ -45,8 +45,39 @@ def test_pairing_sees_what_the_seeds_hide() -> None:
 def test_only_shared_blocks_count() -> None:
     found = paired(("a", {(0,): 1.0, (1,): 2.0, (2,): 9.0}), ("b", {(0,): 0.0, (1,): 1.0, (5,): 3.0}))
     assert found is not None
-    assert (found.pairs, found.mean) == (2, 1.0)
+    assert (found.seeds, found.mean) == (2, 1.0)
     assert paired(("a", {(0,): 1.0}), ("b", {(1,): 1.0})) is None
+
+
+def test_a_seed_s_pairs_are_one_witness() -> None:
+    """What a seed does to a difference it does to all of its pairs: counted singly, they would call luck real."""
+    luck = {0: 0.05, 1: 0.03, 2: -0.02}
+    b = {(seed, other): RNG.normal(0.8, 0.02) for seed in luck for other in "wxyz"}
+    tiny = {block: RNG.normal(0, 0.001) for block in b}
+    a = {block: value + luck[block[0]] + tiny[block] for block, value in b.items()}
+    found = paired(("a", a), ("b", b))
+    assert found is not None
+    means = [np.mean([a[seed, other] - b[seed, other] for other in "wxyz"]) for seed in luck]
+    assert found.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue)
+    assert found.seeds == 3
+    assert found.p > 0.05
+    singly = np.asarray(stats.ttest_1samp([a[block] - b[block] for block in b], 0))
+    assert singly[1] < 0.05
+    one = paired(("a", {block: value for block, value in a.items() if block[0] == 0}), ("b", b))
+    assert one is not None
+    assert (one.seeds, one.half, one.p) == (1, None, None)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_few_seeds_of_many_arms_call_noise_real_in_one_comparison_of_twenty(seeds: int) -> None:
+    """A seed shifts the difference by as much as single runs differ, and nine other choices share it."""
+    rounds, real = 1000, 0
+    for _ in range(rounds):
+        shift, runs = RNG.normal(0, 0.01, seeds), RNG.normal(0, 0.01, (seeds, 9))
+        a = {(seed, other): shift[seed] + runs[seed, other] for seed in range(seeds) for other in range(9)}
+        (difference,) = corrected(all_pairs({"a": a, "b": dict.fromkeys(a, 0.0)}))
+        real += difference.is_real
+    assert 0 < real <= 0.05 * rounds + 3 * (0.05 * 0.95 * rounds) ** 0.5
 
 
 def test_one_pair_proves_nothing() -> None:

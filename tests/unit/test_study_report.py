@@ -43,8 +43,8 @@ def test_means_are_those_of_the_summaries(study: Path) -> None:
 
 def test_what_is_real_and_what_is_noise_is_said(study: Path) -> None:
     said = " ".join(conclusions(read_study(study)))
-    assert re.search(r"partial is 9\.9 ± [\d.]+ points above feature_extraction \(p = 0\.00\d, 3 pairs\)\.", said)
-    assert re.search(r"full is 11\.0 ± [\d.]+ points above feature_extraction \(p < 0\.001, 3 pairs\)\.", said)
+    assert re.search(r"partial is 9\.9 ± [\d.]+ points above feature_extraction \(p = 0\.00\d, 3 seeds\)\.", said)
+    assert re.search(r"full is 11\.0 ± [\d.]+ points above feature_extraction \(p < 0\.001, 3 seeds\)\.", said)
     assert "1 of 3 differences cannot be told from noise" in said
 
 
@@ -52,9 +52,9 @@ def test_axes_are_compared_over_all_else(tmp_path: Path) -> None:
     log = read_study(synthetic_study.write(tmp_path / "study", arms=FOUR_ARMS, axes=TWO_AXES))
     strategy, mixup, best = families(log)
     (difference,) = strategy.differences
-    assert (difference.first, difference.second, difference.pairs) == ("partial", "full", 6)
+    assert (difference.first, difference.second, difference.seeds) == ("partial", "full", 3)
     assert difference.is_real
-    assert mixup.differences[0].pairs == 6
+    assert mixup.differences[0].seeds == 3
     assert not mixup.differences[0].is_real
     assert best.title == "The best, full, mixup 0.2, against each other"
     assert len(best.differences) == 3
@@ -62,8 +62,19 @@ def test_axes_are_compared_over_all_else(tmp_path: Path) -> None:
 
 def test_one_seed_is_told_to_prove_nothing(tmp_path: Path) -> None:
     log = read_study(synthetic_study.write(tmp_path / "study", seeds=(0,)))
-    assert conclusions(log) == ["One run per arm: no difference can be told from noise. Give more seeds."]
-    assert "one run: no test" in markdown(log)
+    assert conclusions(log) == ["One seed: nothing can be said of any difference. Give more seeds."]
+    assert "one seed: no test" in markdown(log)
+    log = read_study(synthetic_study.write(tmp_path / "two axes", seeds=(0,), arms=FOUR_ARMS, axes=TWO_AXES))
+    assert conclusions(log) == ["One seed: nothing can be said of any difference. Give more seeds."]
+    log = read_study(synthetic_study.write(tmp_path / "one arm", arms={"full": (0.9, 200)}))
+    assert conclusions(log) == []
+
+
+def test_a_difference_that_only_one_seed_has_seen_is_told_apart(tmp_path: Path) -> None:
+    folder = synthetic_study.write(tmp_path / "study")
+    for seed in (1, 2):
+        (folder / "trials" / f"full-seed={seed}" / "summary.json").unlink()
+    assert "nothing can be said of 2 differences seen with one seed." in conclusions(read_study(folder))
 
 
 def test_csv_and_markdown_hold_the_same_arms(study: Path) -> None:

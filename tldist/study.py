@@ -39,16 +39,16 @@ class Metric:
     written: Callable[[float | None], str]
     lower_is_better: bool = False
     is_share: bool = False
-    """Of the validation images, counted one by one."""
+    """Made of shares of the validation images, which move in steps of one image."""
 
 
 _percent = partial(wording.percent, digits=1)
 METRICS: dict[str, Metric] = {
     "val_top1": Metric("top-1", _percent, is_share=True),
     "best_val_top1": Metric("best epoch", _percent, is_share=True),
-    "mean_val_top1": Metric("mean over epochs", _percent),
+    "mean_val_top1": Metric("mean over epochs", _percent, is_share=True),
     "val_loss": Metric("validation loss", wording.fraction, lower_is_better=True),
-    "gap": Metric("train - val", _percent, lower_is_better=True),
+    "gap": Metric("train - val", _percent, lower_is_better=True, is_share=True),
     "images_per_s": Metric("images/s", wording.rate),
     "seconds": Metric("seconds", wording.rate, lower_is_better=True),
     "device_seconds": Metric("device-seconds", wording.rate, lower_is_better=True),
@@ -126,9 +126,14 @@ class StudyLog:
 
     @property
     def grain(self) -> float:
-        """The step in which the metric counts: one validation image, for an accuracy."""
-        images = [trial.val_images for trial in self.judged if trial.val_images]
-        return 1 / min(images) if images and METRICS[self.metric].is_share else 0.0
+        """The step in which the study's metric counts."""
+        return grain(self.judged, self.metric)
+
+
+def grain(trials: Sequence[Trial], metric: str) -> float:
+    """The step in which the metric counts: one validation image, for an accuracy."""
+    images = [trial.val_images for trial in trials if trial.val_images]
+    return 1 / min(images) if images and METRICS[metric].is_share else 0.0
 
 
 def blocks(trials: Sequence[Trial], metric: str, but: str = "") -> dict[Block, float]:

@@ -15,7 +15,7 @@ import yaml
 from tldist import study_plots
 from tldist.comparison import Difference, Mean, against, all_pairs, corrected, mean_of
 from tldist.report import Cell, Drawer, Fact, Page, Section, Table, environment_table, render
-from tldist.study import METRICS, StudyLog, Trial, blocks, read_study
+from tldist.study import METRICS, StudyLog, Trial, blocks, grain, read_study
 from tldist.tracking import wording
 from tldist.tracking.runlog import read
 from tldist.tracking.wording import MISSING
@@ -83,7 +83,7 @@ def heading(log: StudyLog, name: str) -> str:
 def means(trials: Sequence[Trial], name: str) -> Mean | None:
     """Over the trials that have it."""
     values = [trial.values[name] for trial in trials if name in trial.values]
-    return mean_of(values) if values else None
+    return mean_of(values, grain(trials, name)) if values else None
 
 
 def written(name: str, mean: Mean | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,18 @@ def test_means_are_those_of_the_summaries(study: Path) -> None:
     values = [json.loads(p.read_text())["val_top1"] for p in study.glob("trials/full-*/summary.json")]
     assert found["full"]["val_top1"]["mean"] == pytest.approx(sum(values) / 3)
     assert found["full"]["val_top1"]["n"] == 3
+
+
+def test_seeds_that_agree_to_the_image_have_an_interval_all_the_same(tmp_path: Path) -> None:
+    folder = synthetic_study.write(tmp_path / "study")
+    for path in folder.glob("trials/full-seed=[12]"):
+        shutil.copy(folder / "trials" / "full-seed=0" / "metrics.jsonl", path)
+        shutil.copy(folder / "trials" / "full-seed=0" / "summary.json", path)
+    log = read_study(folder)
+    (told,) = [row for row in table_of(log) if row[0] == "full"]
+    assert all(re.search(r" ± 0\.5 %$", cell) for cell in told[2:6]), told
+    (arm,) = [arm for arm in as_json(log)["arms"] if arm["arm"]["strategy.name"] == "full"]
+    assert arm["images_per_s"]["half"] == 0
 
 
 def test_what_is_real_and_what_is_noise_is_said(study: Path) -> None:

@@ -130,15 +130,37 @@ def open_folder(study: Study) -> None:
     if folder.exists() and not told.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} holds something else than a study: choose another --dir")
     if told.exists():
-        axes = json.loads(told.read_text()).get("axes", {})
-        if list(axes) != [axis.name for axis in study.axes]:
-            raise UserError(f"{folder} holds a study of {', '.join(axes)}: choose another --dir")
+        _refuse_others(study, json.loads(told.read_text()))
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         (folder / "trials").mkdir(exist_ok=True)
         told.write_text(json.dumps(describe(study), indent=1) + "\n")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --dir") from error
+
+
+def _refuse_others(study: Study, told: dict[str, Any]) -> None:
+    """Results of other settings in one table would compare nothing. Raises UserError."""
+    folder, axes = study.folder, told.get("axes", {})
+    if list(axes) != [axis.name for axis in study.axes]:
+        raise UserError(f"{folder} holds a study of {', '.join(axes)}: choose another --dir")
+    if told.get("is_search") != study.is_search:
+        raise UserError(f"{folder} holds a {'grid' if study.is_search else 'search'}: choose another --dir")
+    for trial in read_study(folder).trials:
+        if not all(axis.holds(trial.exact.get(axis.name)) for axis in study.axes):
+            if not study.is_search:
+                continue  # a value that the file no longer names: no trial of now could be this one
+            raise UserError(
+                f"{folder / 'trials' / trial.name} was begun with what the search no longer holds: choose another "
+                "--dir, or widen it again"
+            )
+        seed = study.seeds[0] if trial.stage == "search" else trial.seed
+        job = study.job(trial.exact, seed, trial.stage)
+        if job.name != trial.name or not same_run(job):
+            raise UserError(
+                f"{folder / 'trials' / trial.name} was begun with other settings: choose another --dir, or take the "
+                "flag back"
+            )
 
 
 def describe(study: Study) -> dict[str, Any]:
@@ -171,11 +193,6 @@ def _alarm(study: Study) -> Iterator[None]:
 
 def _run(study: Study, at_once: int, share: float | None) -> None:
     """All that is not finished, until it is, or until the study is asked to stop."""
-    for job in () if study.is_search else study.grid():
-        if not same_run(job):
-            raise UserError(
-                f"{job.settings.run_dir} was begun with other settings: choose another --dir, or take the flag back"
-            )
     if not (study.is_search and kept(study) is None) and not left(study):
         return
     from tldist_launcher import tune  # imports Ray, which reads its environment then

@@ -68,6 +68,12 @@ class Axis:
         """The flags that a choice sets."""
         return {self.name: chosen} if self.span else self.choices[str(chosen)]
 
+    def holds(self, chosen: Any) -> bool:
+        """Can it be chosen?"""
+        if self.span is None:
+            return chosen in self.choices
+        return isinstance(chosen, int | float) and self.span.low <= chosen <= self.span.high
+
     def label(self, chosen: Value) -> str:
         """How tables write it."""
         return f"{chosen:.4g}" if isinstance(chosen, float) else str(chosen)

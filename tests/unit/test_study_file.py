@@ -10,11 +10,12 @@ import pytest
 import yaml
 from test_cli import said
 
+from tldist import config
 from tldist.config import UserError
-from tldist_launcher.launch import launch
+from tldist_launcher.launch import absolute, launch
 from tldist_launcher.study import check, describe, examples, left, open_folder, resolved, same_run
 from tldist_launcher.study_file import Study, find_study, named_studies, read_file
-from tldist_launcher.trial import run_job
+from tldist_launcher.trial import run_job, write_json
 
 FLAGS = {
     "model.weights": "none", "data.image_size": 32, "data.batch_size": 8, "train.epochs": 1,
@@ -184,13 +185,13 @@ def test_finished_trials_are_not_run_again_and_others_go_on(photos: Path, tmp_pa
     run_job(first)
     assert Path(first.settings.run_dir, "metrics.jsonl").read_bytes() == before
     # Killed between two of the files that a run begins with.
-    begun = Path(second.settings.run_dir)
-    (begun / "logs").mkdir(parents=True)
-    (begun / "config.yaml").touch()
+    cut_short = Path(second.settings.run_dir)
+    (cut_short / "logs").mkdir(parents=True)
+    (cut_short / "config.yaml").touch()
     run_job(second)
     assert left(study) == []
     alone = launch(read(written(tmp_path, photos), "--data.mixup", "0").grid()[2].settings, quiet=True)
-    one, other = (json.loads((path / "summary.json").read_text()) for path in (begun, alone))
+    one, other = (json.loads((path / "summary.json").read_text()) for path in (cut_short, alone))
     assert one["val_top1"] == other["val_top1"]
 
 
@@ -204,6 +205,51 @@ def test_a_trial_of_other_settings_is_not_taken_for_this_one_s(photos: Path, tmp
     (other,) = resolved(read(tmp_path / "mine.yaml", "--optim.base-lr", "0.7")).grid()
     assert same_run(same)
     assert not same_run(other)
+
+
+def begun(study: Study, choices: dict[str, Any], seed: int, stage: str) -> None:
+    """What a trial leaves when it begins."""
+    job = study.job(choices, seed, stage)
+    folder = Path(job.settings.run_dir)
+    folder.mkdir()
+    write_json(folder / "trial.json", {"exact": choices, "seed": seed, "stage": stage, "choices": job.labels})
+    config.save(absolute(job.settings), folder / "config.yaml")
+
+
+def test_a_search_that_is_resumed_with_other_flags_is_refused(photos: Path, tmp_path: Path) -> None:
+    search = {**SEARCH, "strategy.name": ["full", "partial"]}
+    path = written(tmp_path, photos, grid=None, search=search, seeds=2)
+    study = resolved(read(path))
+    open_folder(study)
+    chosen = {"optim.base_lr": 0.0123456789, "train.epochs": 2, "strategy.name": "partial"}
+    begun(study, chosen, 0, "search")
+    begun(study, chosen, 1, "kept")
+    told = (study.folder / "study.json").read_text()
+    open_folder(resolved(read(path, "--tracking.log-every", "3")))
+    open_folder(study)
+    for words, seeds, says in (
+        (["--data.mixup", "0.5"], "", "was begun with other settings"),
+        ([], "1,0", "seed=0-[0-9a-f]{6} was begun with other settings"),
+    ):
+        with pytest.raises(UserError, match=says):
+            open_folder(resolved(read(path, *words, seeds=seeds)))
+    for narrower in ({"strategy.name": ["full"]}, {"optim.base_lr": {"from": 0.1, "to": 1.0}}):
+        path = written(tmp_path, photos, grid=None, search=search | narrower, seeds=2)
+        with pytest.raises(UserError, match="what the search no longer holds"):
+            open_folder(resolved(read(path)))
+    grid = {"optim.base_lr": [0.1], "train.epochs": [2], "strategy.name": ["full"]}
+    with pytest.raises(UserError, match="holds a search"):
+        open_folder(resolved(read(written(tmp_path, photos, grid=grid))))
+    assert (study.folder / "study.json").read_text() == told
+
+
+def test_a_grid_may_lose_a_value_but_not_change_a_flag(photos: Path, tmp_path: Path) -> None:
+    study = resolved(read(written(tmp_path, photos)))
+    open_folder(study)
+    begun(study, {"strategy.name": "full", "data.mixup": "0.2"}, 0, "grid")
+    open_folder(resolved(read(written(tmp_path, photos, grid={**GRID, "data.mixup": [0.0, 0.4]}))))
+    with pytest.raises(UserError, match=r"full-mixup=0\.2-seed=0 was begun with other settings"):
+        open_folder(resolved(read(written(tmp_path, photos), "--optim.base-lr", "0.7")))
 
 
 def test_a_folder_of_another_study_is_left_alone(photos: Path, tmp_path: Path) -> None:

@@ -226,6 +226,14 @@ def left(study: Study) -> list[Job]:
     return [job for job in jobs if state_of(Path(job.settings.run_dir)) != "finished"]
 
 
+def outstanding(study: Study) -> int:
+    """How many trials are still to run; of a search also those that are not known yet."""
+    if study.is_search and kept(study) is None:
+        ended = [trial for trial in _searched(study) if trial.state in ("finished", "pruned")]
+        return study.budget.trials - len(ended) + study.budget.keep * (len(study.seeds) - 1)
+    return len(left(study))
+
+
 def _searched(study: Study) -> list[Trial]:
     return [trial for trial in read_study(study.folder).trials if trial.stage == "search"]
 
@@ -305,23 +313,18 @@ def _line(trial: Trial, study: Study) -> str:
 
 def _conclude(study: Study) -> int:
     """Tables, report, and how it ended."""
-    log = read_study(study.folder)
+    log, still = read_study(study.folder), outstanding(study)
     stopped, failed = control.stop_reason(study.folder), [trial for trial in log.trials if trial.state == "failed"]
-    not_done = left(study)
     if log.judged:
         report = write_study(study.folder)
         _print(log)
         print(f"report: {report}")
     print(f"study: {study.folder}")
-    if stopped and stopped != BUDGET_SPENT:
-        raise Stopped(f"stopped by {stopped}, all saved: the same command goes on")
-    if stopped:
-        print(f"{BUDGET_SPENT} is spent, {len(not_done)} trials are left: the same command goes on")
-    elif failed or not_done:
-        first = f"{failed[0].name}: {failed[0].why}" if failed else f"{not_done[0].name} did not end"
-        raise TrainingFailed(
-            f"{len(failed) or len(not_done)} trials failed, the first {first}; the same command tries again"
-        )
+    if stopped and still:
+        raise Stopped(f"stopped by {stopped}, all saved, {still} trials are left: the same command goes on")
+    if failed or still:
+        first = f"{failed[0].name}: {failed[0].why}" if failed else f"{left(study)[0].name} did not end"
+        raise TrainingFailed(f"{len(failed) or still} trials failed, the first {first}; the same command tries again")
     return 0
 
 

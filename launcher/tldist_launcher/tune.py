@@ -26,6 +26,7 @@ from tldist.config import UserError
 from tldist.study import EVERY_EPOCH, METRICS, PRUNED, TRIAL, Trial, state_of
 from tldist.tracking.runlog import Row, parse, read
 from tldist.tracking.wording import number, whole
+from tldist_launcher.launch import is_running
 from tldist_launcher.study_file import Axis, Job, Study
 from tldist_launcher.trial import POLL_S, SAID_WHY, STOPPED, TrialProcess, write_json
 
@@ -82,6 +83,10 @@ class TrialRun(tune.Trainable):
         return True
 
     def _begin(self, chosen: dict[str, Any]) -> None:
+        self.process: TrialProcess | None = None
+        self.last: Row = {}
+        if control.stop_reason(self.study.folder):
+            return  # Tune has not looked yet
         self.job = job_of(self.study, chosen)
         run_dir = Path(self.job.settings.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ class TrialRun(tune.Trainable):
             write_json(run_dir / TRIAL, _told(self.job, self.place))
         # LOCAL_WORLD_SIZE is what `dist.local_workers` divides this machine's cores by.
         sharing = str(max(1, round(dist.cores() / self.place.cores)))
-        self.rows, self.last = eval_rows(run_dir), {}
+        self.rows = eval_rows(run_dir)
         self.process = TrialProcess(self.job, {"LOCAL_WORLD_SIZE": sharing})
 
     def step(self) -> dict[str, Any]:
@@ -97,6 +102,8 @@ class TrialRun(tune.Trainable):
 
         Raises RuntimeError where the process died without a word; Tune starts the trial again.
         """
+        if self.process is None:
+            return {**self._metrics(), "done": True}
         while True:
             ended = self.process.exit_code  # asked before looking: rows written until then are seen
             row = next(self.rows)
@@ -114,7 +121,8 @@ class TrialRun(tune.Trainable):
 
     def cleanup(self) -> None:
         """Tune has enough of this trial: save and stop."""
-        self.process.stop()
+        if self.process is not None:
+            self.process.stop()
 
     def _metrics(self) -> dict[str, float]:
         return {name: math.nan if (v := number(self.last, name)) is None else v for name in EVERY_EPOCH}
@@ -160,7 +168,7 @@ def run_jobs(study: Study, jobs: list[Job], place: Place) -> None:
     """Run these trials, as many at once as there is room for."""
     told = [{"choices": job.choices, "seed": job.seed, "stage": job.stage} for job in jobs]
     if told:
-        _tuner(study, place, {"job": tune.grid_search(told)}, tune.TuneConfig()).fit()
+        _fit(study, place, {"job": tune.grid_search(told)}, tune.TuneConfig())
 
 
 def run_search(study: Study, past: list[Trial], place: Place) -> None:
@@ -171,7 +179,28 @@ def run_search(study: Study, past: list[Trial], place: Place) -> None:
     tune_config = tune.TuneConfig(
         search_alg=_optuna(study, past), scheduler=_Asha(study, ended), num_samples=study.budget.trials - len(ended)
     )
-    _tuner(study, place, None, tune_config).fit()
+    _fit(study, place, None, tune_config)
+
+
+class _WhenAsked(tune.Stopper):
+    """Ends all trials, and leaves those that have not begun, when the study is asked to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return control.stop_reason(self.folder) is not None
+
+
+def _fit(study: Study, place: Place, space: dict[str, Any] | None, tune_config: tune.TuneConfig) -> None:
+    """Let Tune run until nothing is left, or the study is asked to stop and its trials have saved."""
+    _tuner(study, place, space, tune_config).fit()
+    # Tune gives trials that it ends five seconds, which a checkpoint may not have enough of; they go on without it.
+    while control.stop_reason(study.folder) and any(map(is_running, (study.folder / "trials").iterdir())):
+        time.sleep(POLL_S)
 
 
 def _tuner(study: Study, place: Place, space: dict[str, Any] | None, tune_config: tune.TuneConfig) -> tune.Tuner:
@@ -183,6 +212,7 @@ def _tuner(study: Study, place: Place, space: dict[str, Any] | None, tune_config
         param_space=space,
         tune_config=tune_config,
         run_config=tune.RunConfig(
+            stop=_WhenAsked(study.folder),
             name=f"tune-{os.getpid()}-{time.time_ns()}",
             storage_path=str(study.folder / "logs" / "tune"),
             failure_config=tune.FailureConfig(max_failures=study.base.launch.restarts),

@@ -20,7 +20,7 @@ import yaml
 from tldist.study import read_study
 from tldist.tracking.runlog import parse
 from tldist_launcher.cli import main
-from tldist_launcher.launch import launch
+from tldist_launcher.launch import is_running, launch
 from tldist_launcher.study import resolved
 from tldist_launcher.study_file import read_file
 
@@ -49,8 +49,8 @@ def finished(folder: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("trials/*/summary.json")}
 
 
-def killed(path: Path, folder: Path, at: int, kill: Callable[[subprocess.Popen[bytes]], None]) -> None:
-    """Start the study, and kill when so many trials are finished, while others run."""
+def killed(path: Path, folder: Path, at: int, kill: Callable[[subprocess.Popen[bytes]], None]) -> int:
+    """Start the study, and kill when so many trials are finished, while others run; returns its exit code."""
     words = [sys.executable, "-m", "tldist_launcher.cli", *arguments(path, folder)]
     environment = {**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
     with (
@@ -64,6 +64,11 @@ def killed(path: Path, folder: Path, at: int, kill: Callable[[subprocess.Popen[b
             time.sleep(0.05)
         kill(driver)
         driver.wait(timeout=200)
+    return driver.returncode
+
+
+def tell_to_stop(driver: subprocess.Popen[bytes]) -> None:
+    driver.terminate()
 
 
 def kill_driver(driver: subprocess.Popen[bytes]) -> None:
@@ -79,13 +84,18 @@ def kill_cluster(driver: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_a_study_killed_twice_ends_with_the_same_table(
+def test_a_study_stopped_once_and_killed_twice_ends_with_the_same_table(
     photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, folder = written(tmp_path, photos, grid={"strategy.name": ["full", "partial"]}, seeds=3), tmp_path / "study"
-    killed(path, folder, 1, kill_driver)
+    assert killed(path, folder, 1, tell_to_stop) == 75
+    begun = list((folder / "trials").iterdir())
+    assert len(begun) <= len(finished(folder)) + 2  # those that ran; none was begun to be stopped
+    assert not any(map(is_running, begun))
+    assert f"stopped by SIGTERM, all saved, {6 - len(finished(folder))} trials" in (tmp_path / "log-1").read_text()
+    killed(path, folder, 2, kill_driver)
     first = finished(folder)
-    killed(path, folder, 3, kill_cluster)
+    killed(path, folder, 4, kill_cluster)
     second = finished(folder)
     assert len(second) < 6
     assert first.items() <= second.items()
@@ -109,10 +119,16 @@ def test_a_study_killed_twice_ends_with_the_same_table(
 
 
 @pytest.mark.timeout(600)
-def test_a_search_tries_gives_up_and_runs_the_best_again(photos: Path, tmp_path: Path) -> None:
+def test_a_search_stopped_before_it_began_tries_gives_up_and_runs_the_best_again(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     search = {"optim.base_lr": {"from": 1e-4, "to": 1.0, "log": True}, "strategy.name": ["full", "partial"]}
     budget = {"trials": 4, "keep": 1}
-    path, folder = written(tmp_path, photos, search=search, budget=budget, seeds=2), tmp_path / "study"
+    folder, short = tmp_path / "study", {**budget, "hours": 1e-4}  # over before Ray has started
+    assert main(arguments(written(tmp_path, photos, search=search, budget=short, seeds=2), folder)) == 75
+    assert "the budget of hours, all saved, 5 trials are left" in capfd.readouterr().err
+    assert not list((folder / "trials").iterdir())
+    path = written(tmp_path, photos, search=search, budget=budget, seeds=2)
     assert main(arguments(path, folder)) == 0
     log = read_study(folder)
     searched = [trial for trial in log.trials if trial.stage == "search"]

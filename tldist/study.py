@@ -145,6 +145,21 @@ def blocks(trials: Sequence[Trial], metric: str, but: str = "") -> dict[Block, f
     }
 
 
+def came_to(trial: Trial, metric: str) -> float | None:
+    """What a search goes by; None where the trial came to nothing: it failed, or the number is none."""
+    value = trial.values.get(metric, math.nan)
+    return value if trial.state in ("finished", "pruned") and math.isfinite(value) else None
+
+
+def tried(searched: Sequence[Trial]) -> list[Trial]:
+    """Of a search's trials those that need no other try: one that failed was a poor configuration.
+
+    Where none came to its end, what failed may not be the configurations, and they are tried again.
+    """
+    over = ("finished", "pruned", *(["failed"] if any(trial.state == "finished" for trial in searched) else []))
+    return [trial for trial in searched if trial.state in over]
+
+
 def read_study(folder: Path) -> StudyLog:
     """Everything known about the study in `folder`."""
     found = sorted(path.parent for path in (folder / "trials").glob(f"*/{TRIAL}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import yaml
 from tldist import study_plots
 from tldist.comparison import Difference, Mean, against, all_pairs, corrected, mean_of
 from tldist.report import Cell, Drawer, Fact, Page, Section, Table, environment_table, render
-from tldist.study import METRICS, StudyLog, Trial, blocks, grain, read_study
+from tldist.study import METRICS, StudyLog, Trial, blocks, came_to, grain, read_study, tried
 from tldist.tracking import wording
 from tldist.tracking.runlog import read
 from tldist.tracking.wording import MISSING
@@ -317,7 +318,9 @@ def _subtitle(log: StudyLog) -> str:
 
 
 def _banner(log: StudyLog) -> str:
-    counts = {state: sum(trial.state == state for trial in log.trials) for state in ("interrupted", "failed")}
+    over = tried([trial for trial in log.trials if trial.stage == "search"])
+    states = [trial.state for trial in log.trials if trial not in over]
+    counts = {state: states.count(state) for state in ("interrupted", "failed")}
     if not any(counts.values()):
         return ""
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
@@ -356,18 +359,24 @@ def _results(log: StudyLog) -> Table:
 
 def _search(log: StudyLog, drawn: Drawer) -> list[Section]:
     """What a search tried, best first."""
-    searched = [trial for trial in log.trials if trial.stage == "search" and log.metric in trial.values]
-    if not searched:
+    begun = [trial for trial in log.trials if trial.stage == "search"]
+    values = {trial.name: value for trial in begun if (value := came_to(trial, log.metric)) is not None}
+    if not values:
         return []
     sign = 1 if METRICS[log.metric].lower_is_better else -1
+    searched = sorted(begun, key=lambda trial: sign * values.get(trial.name, sign * math.inf))
     ranges = [axis for axis, labels in log.axes.items() if not labels]
     points = {
-        axis: [(float(t.exact[axis]), t.values[log.metric], t.state == "pruned") for t in searched if axis in t.exact]
+        axis: [
+            (float(t.exact[axis]), values[t.name], t.state == "pruned")
+            for t in searched
+            if axis in t.exact and t.name in values
+        ]
         for axis in ranges
     }
     rows = [
-        [*trial.arm, METRICS[log.metric].written(trial.values[log.metric]), str(len(trial.curve)), trial.state]
-        for trial in sorted(searched, key=lambda trial: sign * trial.values[log.metric])
+        [*trial.arm, METRICS[log.metric].written(values.get(trial.name)), str(len(trial.curve)), _standing(trial)]
+        for trial in searched
     ]
     kept = any(trial.stage == "kept" for trial in log.trials)
     text = f"Chosen by seed {searched[0].seed}; " + (
@@ -380,11 +389,15 @@ def _search(log: StudyLog, drawn: Drawer) -> list[Section]:
     return [Section("What was tried", text, table=table, pictures=picture)]
 
 
+def _standing(trial: Trial) -> str:
+    return f"failed: {trial.why}" if trial.state == "failed" else trial.state
+
+
 def _trials(log: StudyLog) -> Table:
     rows = [
         [
             Cell(trial.name, "name"),
-            Cell(f"failed: {trial.why}" if trial.state == "failed" else trial.state),
+            Cell(_standing(trial)),
             *(Cell(METRICS[name].written(trial.values.get(name)), "number") for name in (log.metric, "seconds")),
         ]
         for trial in log.trials[:MOST_TRIALS]

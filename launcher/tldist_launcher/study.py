@@ -21,7 +21,19 @@ from tldist import config, control, dist
 from tldist.config import TrainingFailed, UserError
 from tldist.control import Stopped
 from tldist.rules import validate
-from tldist.study import METRICS, STUDY, TRIAL, StudyLog, Trial, read_study, read_trial, state_of
+from tldist.study import (
+    FAILED,
+    METRICS,
+    STUDY,
+    TRIAL,
+    StudyLog,
+    Trial,
+    came_to,
+    read_study,
+    read_trial,
+    state_of,
+    tried,
+)
 from tldist.study_report import conclusions, table_of, write_study
 from tldist.tracking import wording
 from tldist.worker import plan_of
@@ -70,7 +82,7 @@ def study_command(words: Sequence[str]) -> int:
                 f"{type(error).__name__}: {reason} (more in {folder / 'logs'}); what is done is kept, and the same "
                 "command goes on"
             ) from error
-    return _conclude(study)
+    return conclude(study)
 
 
 def resolved(study: Study) -> Study:
@@ -203,12 +215,13 @@ def _run(study: Study, at_once: int, share: float | None) -> None:
         console.print(_beginning(study, place))
         if study.is_search and kept(study) is None:
             past = _searched(study)
-            _watched(lambda: tune.run_search(study, past, place), study, console, study.budget.trials, "search")
+            total = study.budget.trials - len(tried(past))
+            _watched(lambda: tune.run_search(study, past, place), study, console, total, "search")
             if not control.stop_reason(study.folder):
-                _close_search(study)
+                close_search(study)
         if not control.stop_reason(study.folder) and (jobs := left(study)):
-            total, stage = len(kept(study) or study.grid()), "kept" if study.is_search else "grid"
-            _watched(lambda: tune.run_jobs(study, jobs, place), study, console, total, stage)
+            stage = "kept" if study.is_search else "grid"
+            _watched(lambda: tune.run_jobs(study, jobs, place), study, console, len(jobs), stage)
 
 
 def same_run(job: Job) -> bool:
@@ -229,8 +242,7 @@ def left(study: Study) -> list[Job]:
 def outstanding(study: Study) -> int:
     """How many trials are still to run; of a search also those that are not known yet."""
     if study.is_search and kept(study) is None:
-        ended = [trial for trial in _searched(study) if trial.state in ("finished", "pruned")]
-        return study.budget.trials - len(ended) + study.budget.keep * (len(study.seeds) - 1)
+        return study.budget.trials - len(tried(_searched(study))) + study.budget.keep * (len(study.seeds) - 1)
     return len(left(study))
 
 
@@ -238,11 +250,14 @@ def _searched(study: Study) -> list[Trial]:
     return [trial for trial in read_study(study.folder).trials if trial.stage == "search"]
 
 
-def _close_search(study: Study) -> None:
-    """Choose what is kept, once and for all."""
-    whole = [trial for trial in _searched(study) if trial.state == "finished" and study.metric in trial.values]
+def close_search(study: Study) -> None:
+    """Choose what is kept, once and for all; not while there is nothing to choose from."""
+    found = [(trial, came_to(trial, study.metric)) for trial in _searched(study) if trial.state == "finished"]
+    whole = [(trial, value) for trial, value in found if value is not None]
+    if not whole:
+        return
     sign = -1 if METRICS[study.metric].lower_is_better else 1
-    best = sorted(whole, key=lambda trial: (-sign * trial.values[study.metric], trial.name))[: study.budget.keep]
+    best = [trial for trial, _ in sorted(whole, key=lambda pair: (-sign * pair[1], pair[0].name))][: study.budget.keep]
     told = {"trials": study.budget.trials, "kept": [trial.exact for trial in best]}
     (study.folder / SEARCHED).write_text(json.dumps(told, indent=1) + "\n")
 
@@ -265,7 +280,7 @@ def _beginning(study: Study, place: Any) -> str:
 
 
 def _watched(run: Callable[[], Any], study: Study, console: Console, total: int, stage: str) -> None:
-    """Call `run` in a thread while this one tells which trials ended, and receives signals.
+    """Call `run`, which runs `total` trials, in a thread while this one tells which ended, and receives signals.
 
     Tune puts handlers of its own in the place of ours, but only in the main thread.
     """
@@ -281,25 +296,42 @@ def _watched(run: Callable[[], Any], study: Study, console: Console, total: int,
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(stage, total=total)
-        seen = {trial.name for trial in _ended(study, set())}
+        seen: dict[str, int] = {}
+        news(study, seen)
         thread.start()
         is_over = False
         while not is_over:
             is_over = not thread.is_alive()
-            for trial in _ended(study, seen):
-                seen.add(trial.name)
+            for trial in news(study, seen):
                 progress.console.print(_line(trial, study))
-            of_stage = sum(not name.startswith("search-") for name in seen) if stage == "kept" else len(seen)
-            progress.update(task, completed=min(of_stage, total))
+                progress.advance(task)
             thread.join(timeout=LOOK_S)
     if raised:
         raise raised[0]
 
 
-def _ended(study: Study, seen: set[str]) -> list[Trial]:
-    """Trials that have come to an end, but for those already seen."""
-    found = [path.parent for path in sorted((study.folder / "trials").glob(f"*/{TRIAL}"))]
-    return [read_trial(path) for path in found if path.name not in seen and state_of(path) != "interrupted"]
+_FOR_GOOD = 0
+
+
+def news(study: Study, seen: dict[str, int]) -> list[Trial]:
+    """Trials that have come to an end since the last call, which is remembered in `seen`: by name when each failed, or
+    0. One that failed may be run again, and come to another end."""
+    found = []
+    for path in sorted(path.parent for path in (study.folder / "trials").glob(f"*/{TRIAL}")):
+        if seen.get(path.name) == _FOR_GOOD or (ended := _ended(path)) in (None, seen.get(path.name)):
+            continue
+        seen[path.name] = ended
+        found.append(read_trial(path))
+    return found
+
+
+def _ended(run_dir: Path) -> int | None:
+    """When it failed, in nanoseconds; 0 where it ended otherwise; None where it did not."""
+    state = state_of(run_dir)
+    if state != "failed":
+        return None if state == "interrupted" else _FOR_GOOD
+    with contextlib.suppress(FileNotFoundError):  # it begins again at this moment
+        return (run_dir / FAILED).stat().st_mtime_ns
 
 
 def _line(trial: Trial, study: Study) -> str:
@@ -311,10 +343,10 @@ def _line(trial: Trial, study: Study) -> str:
     return f"{trial.name}: {value}, {wording.duration(trial.values.get('seconds'))}{early}"
 
 
-def _conclude(study: Study) -> int:
+def conclude(study: Study) -> int:
     """Tables, report, and how it ended."""
     log, still = read_study(study.folder), outstanding(study)
-    stopped, failed = control.stop_reason(study.folder), [trial for trial in log.trials if trial.state == "failed"]
+    stopped = control.stop_reason(study.folder)
     if log.judged:
         report = write_study(study.folder)
         _print(log)
@@ -322,10 +354,19 @@ def _conclude(study: Study) -> int:
     print(f"study: {study.folder}")
     if stopped and still:
         raise Stopped(f"stopped by {stopped}, all saved, {still} trials are left: the same command goes on")
-    if failed or still:
-        first = f"{failed[0].name}: {failed[0].why}" if failed else f"{left(study)[0].name} did not end"
-        raise TrainingFailed(f"{len(failed) or still} trials failed, the first {first}; the same command tries again")
+    if still:
+        raise TrainingFailed(f"{_what_failed(study, log.trials)}; the same command tries again")
     return 0
+
+
+def _what_failed(study: Study, trials: Sequence[Trial]) -> str:
+    """Why something is left though nobody stopped the study. A search's failures are results once something is kept."""
+    names = [job.name for job in left(study)]
+    is_open = study.is_search and kept(study) is None
+    failed = [trial for trial in trials if trial.state == "failed" and (is_open or trial.name in names)]
+    if failed:
+        return f"{len(failed)} trials failed, the first {failed[0].name}: {failed[0].why}"
+    return f"{names[0]} did not end" if names else f"no trial of the search came to a {study.metric}"
 
 
 def _print(log: StudyLog) -> None:

@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from tldist import control, dist
 from tldist.config import UserError
-from tldist.study import EVERY_EPOCH, METRICS, PRUNED, TRIAL, Trial, state_of
+from tldist.study import EVERY_EPOCH, METRICS, PRUNED, TRIAL, Trial, came_to, state_of, tried
 from tldist.tracking.runlog import Row, parse, read
 from tldist.tracking.wording import number, whole
 from tldist_launcher.launch import is_running
@@ -114,6 +114,8 @@ class TrialRun(tune.Trainable):
             elif ended is not None:
                 if ended not in (0, STOPPED, SAID_WHY):
                     raise RuntimeError(f"the process of {self.job.name} ended with code {ended}")
+                if ended == SAID_WHY:
+                    self.last = {}  # however well it did before it failed
                 return {**self._metrics(), "done": True}
             elif control.stop_reason(self.study.folder):
                 self.process.ask_to_stop()
@@ -173,11 +175,11 @@ def run_jobs(study: Study, jobs: list[Job], place: Place) -> None:
 
 def run_search(study: Study, past: list[Trial], place: Place) -> None:
     """Try configurations until the budget's number is reached; `past` are the search's trials so far."""
-    ended = [trial for trial in past if trial.state in ("finished", "pruned")]
+    ended = tried(past)
     if len(ended) >= study.budget.trials:
         return
     tune_config = tune.TuneConfig(
-        search_alg=_optuna(study, past), scheduler=_Asha(study, ended), num_samples=study.budget.trials - len(ended)
+        search_alg=optuna_of(study, past), scheduler=_Asha(study, ended), num_samples=study.budget.trials - len(ended)
     )
     _fit(study, place, None, tune_config)
 
@@ -226,19 +228,31 @@ def _mode(study: Study) -> str:
     return "min" if METRICS[study.metric].lower_is_better else "max"
 
 
-def _optuna(study: Study, past: list[Trial]) -> OptunaSearch:
-    """TPE that knows what past trials came to; those that were interrupted are suggested first."""
-    unfinished = [trial.exact for trial in past if trial.state in ("interrupted", "failed")]
-    searcher = OptunaSearch(
+class _Optuna(OptunaSearch):
+    """To which a trial that came to nothing is a poor result, as one that was pruned before its first value.
+
+    Left alone, it would forget one whose last value is none, and might suggest its like again.
+    """
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        value = math.nan if result is None else result.get(self.metric, math.nan)
+        super().on_trial_complete(trial_id, result if math.isfinite(value) else None, error)
+
+
+def optuna_of(study: Study, past: list[Trial]) -> OptunaSearch:
+    """TPE that knows what past trials came to; those that are to be tried again are suggested first."""
+    ended = tried(past)
+    unfinished = [trial.exact for trial in past if trial not in ended]
+    searcher = _Optuna(
         {axis.name: _distribution(axis) for axis in study.axes},
         metric=study.metric,
         mode=_mode(study),
         points_to_evaluate=unfinished,
         seed=len(past),  # the same seed again would suggest the same again
     )
-    for trial in past:
-        if trial.state in ("finished", "pruned") and study.metric in trial.values:
-            searcher.add_evaluated_point(trial.exact, trial.values[study.metric])
+    for trial in ended:
+        value = came_to(trial, study.metric)
+        searcher.add_evaluated_point(trial.exact, value or 0.0, pruned=value is None)
     return searcher
 
 

@@ -18,12 +18,13 @@ def write(
     seeds: Sequence[int] = (0, 1, 2),
     arms: Mapping[str, tuple[float, float]] = ARMS,
     axes: Mapping[str, list[str]] | None = None,
+    stage: str = "grid",
 ) -> Path:
     """The study's directory; arms are labels joined by '/', one for each axis."""
     axes = axes or {"strategy.name": list(arms)}
     folder.mkdir(parents=True)
     told = {"name": "made-up", "title": "Which <strategy>?", "recipe": "insects", "metric": "val_top1"}
-    told |= {"is_search": False, "axes": axes, "seeds": list(seeds)}  # type: ignore[dict-item]
+    told |= {"is_search": stage == "search", "axes": axes, "seeds": list(seeds)}  # type: ignore[dict-item]
     (folder / "study.json").write_text(json.dumps(told))
     for place, (arm, (best, images_per_s)) in enumerate(arms.items()):
         for seed in seeds:
@@ -33,6 +34,6 @@ def write(
             shape = Shape(strategy=arm, phase_starts=(0,), best=best + luck, images_per_s=images_per_s, seed=seed)
             synthetic_run.write(run_dir, shape)
             choices = dict(zip(axes, arm.split("/"), strict=True))
-            trial = {"choices": choices, "exact": choices, "seed": seed, "stage": "grid", "cores": 2.0, "gpus": 0.0}
+            trial = {"choices": choices, "exact": choices, "seed": seed, "stage": stage, "cores": 2.0, "gpus": 0.0}
             (run_dir / "trial.json").write_text(json.dumps(trial))
     return folder

@@ -11,9 +11,23 @@ import yaml
 from test_cli import said
 
 from tldist import config
-from tldist.config import UserError
+from tldist.config import TrainingFailed, UserError
+from tldist.study import read_study
 from tldist_launcher.launch import absolute, launch
-from tldist_launcher.study import check, describe, examples, left, open_folder, resolved, same_run
+from tldist_launcher.study import (
+    check,
+    close_search,
+    conclude,
+    describe,
+    examples,
+    kept,
+    left,
+    news,
+    open_folder,
+    outstanding,
+    resolved,
+    same_run,
+)
 from tldist_launcher.study_file import Study, find_study, named_studies, read_file
 from tldist_launcher.trial import run_job, write_json
 
@@ -259,3 +273,75 @@ def test_a_folder_of_another_study_is_left_alone(photos: Path, tmp_path: Path) -
     assert describe(study)["axes"] == {"strategy.name": ["full", "feature_extraction"], "data.mixup": ["0.0", "0.2"]}
     with pytest.raises(UserError, match=r"holds a study of strategy\.name, data\.mixup"):
         open_folder(read(tmp_path / "mine.yaml", "--data.mixup", "0.1"))
+
+
+def searching(folder: Path, photos: Path, states: dict[float, str]) -> Study:
+    """A search of two configurations, both of which were run: by learning rate, how each ended."""
+    search = {"optim.base_lr": {"from": 0.1, "to": 0.9}}
+    budget = {"trials": len(states), "keep": 1}
+    study = resolved(read(written(folder, photos, grid=None, search=search, seeds=2, budget=budget)))
+    open_folder(study)
+    for rate, state in states.items():
+        begun(study, {"optim.base_lr": rate}, 0, "search")
+        run_dir = Path(study.job({"optim.base_lr": rate}, 0, "search").settings.run_dir)
+        told = {"why": "wild"} if state == "failed" else {"val_top1": rate}
+        write_json(run_dir / ("failed.json" if state == "failed" else "summary.json"), told)
+    return study
+
+
+def test_a_failed_configuration_is_a_poor_result(photos: Path, tmp_path: Path) -> None:
+    study = searching(tmp_path, photos, {0.2: "finished", 0.3: "failed"})
+    assert outstanding(study) == 1  # the best with the other seed
+    close_search(study)
+    (job,) = kept(study) or []
+    assert (job.choices, job.seed) == ({"optim.base_lr": 0.2}, 1)
+    with pytest.raises(TrainingFailed, match=r"seed=1-[0-9a-f]{6} did not end; the same command"):
+        conclude(study)
+    begun(study, job.choices, 1, "kept")
+    write_json(Path(job.settings.run_dir) / "failed.json", {"why": "no disk"})
+    with pytest.raises(TrainingFailed, match=r"1 trials failed, the first base_lr=0\.2-seed=1-.*: no disk; the same"):
+        conclude(study)
+    write_json(Path(job.settings.run_dir) / "summary.json", {"val_top1": 0.2})
+    assert conclude(study) == 0
+
+
+def test_where_all_configurations_failed_nothing_is_chosen_and_all_are_tried_again(
+    photos: Path, tmp_path: Path
+) -> None:
+    study = searching(tmp_path, photos, {0.2: "failed", 0.3: "failed"})
+    close_search(study)
+    assert kept(study) is None
+    assert outstanding(study) == 3
+    with pytest.raises(TrainingFailed, match=r"2 trials failed, the first search-base_lr=0\.2-.*: wild; the same"):
+        conclude(study)
+
+
+def test_optuna_learns_of_failures_and_suggests_first_what_is_tried_again(photos: Path, tmp_path: Path) -> None:
+    tune = pytest.importorskip("tldist_launcher.tune")
+    study = searching(tmp_path, photos, {0.2: "finished", 0.3: "failed"})
+    searcher = tune.optuna_of(study, list(read_study(study.folder).trials))
+    states = {trial.params["optim.base_lr"]: trial.state.name for trial in searcher._ot_study.trials}
+    assert states == {0.2: "COMPLETE", 0.3: "PRUNED"}
+    chosen = searcher.suggest("new")
+    searcher.on_trial_complete("new", {"val_top1": float("nan"), "training_iteration": 1})
+    (last,) = [trial for trial in searcher._ot_study.trials if trial.params == chosen]
+    assert last.state.name == "PRUNED"
+    for path in study.folder.glob("trials/*/summary.json"):
+        path.unlink()
+    again = tune.optuna_of(study, list(read_study(study.folder).trials))
+    assert [again.suggest(name) for name in "ab"] == [{"optim.base_lr": 0.2}, {"optim.base_lr": 0.3}]
+
+
+def test_a_failed_trial_that_is_tried_again_is_news_when_it_ends(photos: Path, tmp_path: Path) -> None:
+    study = searching(tmp_path, photos, {0.2: "finished", 0.3: "failed"})
+    seen: dict[str, int] = {}
+    assert [trial.state for trial in news(study, seen)] == ["finished", "failed"]
+    assert news(study, seen) == []
+    run_dir = Path(study.job({"optim.base_lr": 0.3}, 0, "search").settings.run_dir)
+    (run_dir / "failed.json").unlink()
+    assert news(study, seen) == []
+    write_json(run_dir / "failed.json", {"why": "again"})
+    assert [trial.why for trial in news(study, seen)] == ["again"]
+    write_json(run_dir / "summary.json", {"val_top1": 0.3})
+    assert [trial.state for trial in news(study, seen)] == ["finished"]
+    assert news(study, seen) == []

@@ -107,10 +107,23 @@ def test_the_page_is_self_contained_and_tells_all(study: Path) -> None:
     assert {path.name for path in study.iterdir()} >= {"table.md", "table.csv", "table.json", "report.html"}
 
 
+def fail(run_dir: Path) -> None:
+    (run_dir / "summary.json").unlink()
+    (run_dir / "failed.json").write_text('{"why": "the disk is full"}')
+
+
+def test_a_search_s_failures_are_told_as_poor_results(tmp_path: Path) -> None:
+    folder = synthetic_study.write(tmp_path / "study", seeds=(0,), stage="search")
+    fail(folder / "trials" / "full-seed=0")
+    page = Page(write_study(folder))
+    assert "Not all trials are finished" not in page.text
+    _, after = page.text.split("What was tried")
+    assert after.index("partial") < after.index("feature_extraction") < after.index("failed: the disk is full")
+
+
 def test_trials_that_did_not_end_are_told_and_do_not_count(tmp_path: Path) -> None:
     folder = synthetic_study.write(tmp_path / "study")
-    (folder / "trials" / "full-seed=0" / "summary.json").unlink()
-    (folder / "trials" / "full-seed=0" / "failed.json").write_text('{"why": "the disk is full"}')
+    fail(folder / "trials" / "full-seed=0")
     (folder / "trials" / "partial-seed=0" / "summary.json").unlink()
     page = Page(write_study(folder))
     assert [row[1] for row in table_of(read_study(folder))[1:]] == ["3", "2", "2"]

@@ -242,7 +242,8 @@ def left(study: Study) -> list[Job]:
 def outstanding(study: Study) -> int:
     """How many trials are still to run; of a search also those that are not known yet."""
     if study.is_search and kept(study) is None:
-        return study.budget.trials - len(tried(_searched(study))) + study.budget.keep * (len(study.seeds) - 1)
+        budget = study.budget
+        return max(0, budget.trials - len(tried(_searched(study)))) + budget.keep * (len(study.seeds) - 1)
     return len(left(study))
 
 

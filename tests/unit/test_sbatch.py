@@ -77,3 +77,11 @@ def test_a_task_of_an_array_goes_back_alone(bash: Bash) -> None:
 def test_what_ends_otherwise_does_not(bash: Bash, code: int) -> None:
     assert bash.run(code=code) == code
     assert bash.requeued == []
+
+
+def test_a_preemption_without_notice_is_no_failure(bash: Bash) -> None:
+    """Slurm has ended the nodes' processes, and the batch script, which it leaves alone, saw them fail."""
+    assert bash.run(code=1, preempted="2026-11-25T21:50:00") == 0
+    assert bash.requeued == ["8"]
+    assert bash.run(code=0, preempted="2026-11-25T21:50:00") == 0
+    assert bash.requeued == []

@@ -85,3 +85,14 @@ def test_a_preemption_without_notice_is_no_failure(bash: Bash) -> None:
     assert bash.requeued == ["8"]
     assert bash.run(code=0, preempted="2026-11-25T21:50:00") == 0
     assert bash.requeued == []
+
+
+def test_a_notice_before_the_start_is_not_lost(bash: Bash) -> None:
+    """Slurm gives it once, maybe while Ray starts; what an earlier start was told is over."""
+    logs = bash.folder / "runs" / "job-8" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "stop.SIGTERM").touch()
+    notice = 'kill -USR1 $PPID; until ls "$TLDIST_RUN_DIR/logs/stop.SIGUSR1"; do sleep 0.01; done'
+    assert bash.run(code=75, RUN=notice) == 0
+    assert [path.name for path in logs.glob("stop.*")] == ["stop.SIGUSR1"]
+    assert bash.requeued == ["8"]

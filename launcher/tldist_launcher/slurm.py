@@ -29,7 +29,7 @@ from tldist_launcher.launch import absolute, make_run_dir, named_run_dir
 FLAGS = {
     "--nodes": ("1", "nodes"),
     "--gpus-per-node": ("0", "GPUs of each, and as many workers; 0: one worker that has the node's cores"),
-    "--cpus-per-node": ("", "cores of each (default: what the cluster gives)"),
+    "--cpus-per-node": ("", "cores of each (default: 8 for each GPU; without GPUs whole nodes, --exclusive)"),
     "--mem": ("", "memory of each, 64G for instance; 0: all of it (default: what the cluster gives)"),
     "--time": ("", "limit, as Slurm reads it: 4:00:00 or 2-12 (default: the partition's)"),
     "--partition": ("", "sbatch's own, and so are the next three"),
@@ -45,6 +45,9 @@ FLAGS = {
     "--save-before": ("300", "seconds between the signal to save and the time limit"),
 }
 """Flag -> default, what it means."""
+
+CORES_PER_GPU = 8
+"""Where nothing else is asked for, as in slurm/: sbatch itself would give a node's workers one core in all."""
 
 SWITCHES = {
     "--dry-run": "print the script, and do nothing",
@@ -102,7 +105,7 @@ def submit(words: Sequence[str]) -> int:
         raise
     for seed, folder in _folders(job, run_dir).items():
         _note_submission(folder, number if seed is None else f"{number}_{seed}", facts)
-    print(f"job: {number}\nrun: {run_dir}\nwatch: tldist logs {run_dir} --follow\ncancel: scancel {number}", flush=True)
+    print(_submitted(job, number, run_dir), flush=True)
     if "--follow" not in switches:
         return 0
     from tldist_launcher.runs import follow_run
@@ -126,6 +129,13 @@ def parse_submit(words: Sequence[str]) -> tuple[Job, set[str]]:
     job = Job(flags, settings, words)
     _check_run(job)
     return job, switches
+
+
+def _submitted(job: Job, number: str, run_dir: Path) -> str:
+    """Where it is, and the commands that watch and cancel it."""
+    path = shlex.quote(str(run_dir))
+    watch = f"tldist runs {path}" if job.seeds else f"tldist logs {path} --follow"
+    return f"job: {number}\nrun: {run_dir}\nwatch: {watch}\ncancel: scancel {number}"
 
 
 def _check_flags(flags: Mapping[str, str]) -> None:
@@ -189,13 +199,14 @@ TEMPLATES = files("tldist_launcher") / "templates"
 
 def script(job: Job, run_dir: Path) -> str:
     """The batch script: slurm/train.sbatch with this job's values."""
-    flags, code = job.flags, run_dir / "code"
+    flags, code, gpus = job.flags, run_dir / "code", int(job.flags["--gpus-per-node"])
+    whole_nodes = ["--exclusive"] if not gpus and not flags["--cpus-per-node"] else []
     logs = str(run_dir).replace("%", "%%") + ("/seed-%a/logs/slurm-%A_%a.log" if job.seeds else "/logs/slurm-%j.log")
     directives = {
         "job-name": flags["--job-name"] or f"{job.settings.recipe}-{job.settings.strategy.name}",
         "nodes": str(job.nodes),
-        "gpus-per-node": flags["--gpus-per-node"] if int(flags["--gpus-per-node"]) else "",
-        "cpus-per-task": flags["--cpus-per-node"],
+        "gpus-per-node": str(gpus) if gpus else "",
+        "cpus-per-task": flags["--cpus-per-node"] or (str(CORES_PER_GPU * gpus) if gpus else ""),
         "signal": f"B:USR1@{flags['--save-before']}",
         "output": logs,
         # Ray puts the folder that a driver runs in before all others on its workers' import path.
@@ -211,7 +222,8 @@ def script(job: Job, run_dir: Path) -> str:
         "requeues": flags["--requeues"],
         "container": f"({shlex.join(_container(job, run_dir))})",
     }
-    text = render((TEMPLATES / "train.sbatch").read_text(), directives, settings, shlex.split(flags["--sbatch"]))
+    more = whole_nodes + shlex.split(flags["--sbatch"])
+    text = render((TEMPLATES / "train.sbatch").read_text(), directives, settings, more)
     first, _, rest = text.partition("\n")
     return f"{first}\n# {shlex.join(['tldist', 'submit', *job.command])}\n{rest}"
 
@@ -232,7 +244,7 @@ def render(text: str, directives: Mapping[str, str], settings: Mapping[str, str]
     if unset:
         raise ValueError(f"the template sets no {', '.join(unset)}")
     last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
-    added = [_directive(name, value) for name, value in left.items() if value] + [f"#SBATCH {word}" for word in more]
+    added = [_directive(name, value) for name, value in left.items() if value] + [f"#SBATCH {shlex.quote(word)}" for word in more]
     return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :], ""])
 
 
@@ -248,6 +260,7 @@ def _container(job: Job, run_dir: Path) -> list[str]:
     folders = [run_dir, job.settings.data.root, os.environ.get("RAY_TMPDIR", "/tmp")]
     folders += [weights.parent] if weights.is_file() else []
     folders += [features] if features else []
+    folders += job.settings.optim.ewc_from
     mounts = [f"{folder}:{folder}" for folder in dict.fromkeys(map(str, folders))]
     mounts += [job.flags["--container-mounts"]] if job.flags["--container-mounts"] else []
     return [
@@ -266,8 +279,8 @@ def _fill(job: Job, run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Configuration, source and script: what is changed afterwards does not reach a job that waits in the queue."""
     for seed, folder in _folders(job, run_dir).items():
         (folder / "logs").mkdir(parents=True, exist_ok=True)
-        named = dataclasses.replace(job.settings, run_dir=str(folder))
-        config.save(named if seed is None else dataclasses.replace(named, seed=seed), folder / "config.yaml")
+        settings = dataclasses.replace(job.settings, run_dir=str(folder))
+        config.save(settings if seed is None else _of_array(settings, seed, run_dir.name), folder / "config.yaml")
         _note_submission(folder, None, facts)
     if job.seeds:
         (run_dir / "config.yaml").unlink()  # the runs are below it
@@ -277,6 +290,13 @@ def _fill(job: Job, run_dir: Path, facts: Mapping[str, Any]) -> None:
             shutil.copytree(source, run_dir / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (run_dir / "code" / "COMMIT").write_text(facts["commit"] or "")
     (run_dir / "job.sbatch").write_text(script(job, run_dir))
+
+
+def _of_array(settings: RunConfig, seed: int, name: str) -> RunConfig:
+    """One run of several, which are a group in W&B."""
+    group = settings.tracking.group or os.environ.get("WANDB_RUN_GROUP") or name
+    tracking = dataclasses.replace(settings.tracking, group=group)
+    return dataclasses.replace(settings, seed=seed, tracking=tracking)
 
 
 def _clear(run_dir: Path) -> None:

@@ -69,8 +69,9 @@ def test_what_saved_goes_back_into_the_queue(bash: Bash) -> None:
 def test_a_task_of_an_array_goes_back_alone(bash: Bash) -> None:
     """The number of its last task is that of the array."""
     array = {"SLURM_ARRAY_JOB_ID": "8", "SLURM_ARRAY_TASK_ID": "3"}
-    assert bash.run("study.sbatch", "folder", code=75, **array) == 0
+    assert bash.run("study.sbatch", "folder", code=75, RUN='echo "group $WANDB_RUN_GROUP" >> "$CALLS"', **array) == 0
     assert bash.requeued == ["8_3"]
+    assert bash.called("group") == ["job-8"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tldist import config
 from tldist.config import UserError
 from tldist_launcher.arguments import flag_types
 from tldist_launcher.cli import main
@@ -59,7 +63,7 @@ def variables(text: str) -> dict[str, str]:
 
 def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--nodes 4 --gpus-per-node 8 --cpus-per-node 96 --time 4:00:00 --partition gpu --account us --qos high"
-    more = ["--constraint", "h100&ib", "--sbatch=--exclusive --mail-type=FAIL"]
+    more = ["--constraint", "h100&ib", "--sbatch=--exclusive --comment='my job'"]
     text = dry_run(photos, capsys, *words.split(), *more)
     assert sbatch_options(text) == [
         "--job-name=folder-partial",
@@ -78,7 +82,7 @@ def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[st
         "--qos=high",
         "--constraint='h100&ib'",
         "--exclusive",
-        "--mail-type=FAIL",
+        "'--comment=my job'",
     ]
     told = variables(text)
     assert (told["run_dir"], told["places"], told["requeues"], told["container"]) == ("/shared/runs/a", "8", "20", "")
@@ -87,6 +91,15 @@ def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[st
     assert (Path(told["bin"]) / "python").exists()
     assert text.splitlines()[1].startswith("# tldist submit folder --model.weights none")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_no_node_is_left_with_one_core(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is what sbatch gives where nothing is said."""
+    assert "--cpus-per-task=32" in sbatch_options(dry_run(photos, capsys, "--gpus-per-node", "4"))
+    assert "--exclusive" in sbatch_options(dry_run(photos, capsys))
+    asked = sbatch_options(dry_run(photos, capsys, "--cpus-per-node", "6"))
+    assert "--cpus-per-task=6" in asked
+    assert "--exclusive" not in asked
 
 
 def test_in_a_container(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +112,13 @@ def test_in_a_container(photos: Path, capsys: pytest.CaptureFixture[str]) -> Non
         f"--container-mounts=/shared/runs/a:/shared/runs/a,{photos}:{photos},/tmp:/tmp,/scratch:/scratch",
         "--container-workdir=/shared/runs/a/code",
     ]
+
+
+def test_a_container_sees_the_earlier_tasks_of_ewc(photos: Path) -> None:
+    job, _ = parse_submit([*RUN, "--data.root", str(photos), "--container", "image"])
+    optim = replace(job.settings.optim, ewc=1.0, ewc_from=("/runs/first", "/runs/second"))
+    text = script(replace(job, settings=replace(job.settings, optim=optim)), Path("/shared/a"))
+    assert ",/runs/first:/runs/first,/runs/second:/runs/second" in variables(text)["container"]
 
 
 def test_an_array_is_a_run_for_each_seed(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +181,39 @@ def test_without_slurm_it_says_so(
     assert main(["submit", *RUN, "--data.root", str(photos), "--run-dir", str(tmp_path / "run")]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for runs, where sbatch takes every job as number 7."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    return tmp_path / "my runs"
+
+
+def test_what_is_printed_can_be_typed(photos: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(name: str, *words: str) -> list[str]:
+        run_dir = ["--run-dir", str(sbatch / name)]
+        assert main(["submit", *RUN, "--data.root", str(photos), *run_dir, *words]) == 0
+        return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()][2:]
+
+    assert said("a") == [["tldist", "logs", str(sbatch / "a"), "--follow"], ["scancel", "7"]]
+    assert said("b", "--array", "0-1") == [["tldist", "runs", str(sbatch / "b")], ["scancel", "7"]]
+
+
+def test_the_runs_of_an_array_are_a_group(photos: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(name: str, *words: str) -> set[str]:
+        words = ("--array", "0-1", "--run-dir", str(sbatch / name), *words)
+        assert main(["submit", *RUN, "--data.root", str(photos), *words]) == 0
+        return {config.load(path).tracking.group for path in (sbatch / name).glob("seed-*/config.yaml")}
+
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert groups("a") == {"a"}
+    assert groups("b", "--tracking.group", "mine") == {"mine"}
+    monkeypatch.setenv("WANDB_RUN_GROUP", "ours")
+    assert groups("c") == {"ours"}
 
 
 @pytest.mark.parametrize(

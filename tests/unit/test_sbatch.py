@@ -1,8 +1,10 @@
-"""What the batch scripts decide, run by bash with stand-ins for Slurm's commands: tests/slurm runs them on a cluster."""
+"""What the batch scripts decide, with stand-ins for Slurm's commands (tests/slurm runs them on a cluster)."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,9 +34,10 @@ class Bash:
 
     def run(self, script: str = "train.sbatch", *words: str, code: int = 0, preempted: str = "N/A", **more: str) -> int:
         """Its exit code. `code` is that of `tldist`."""
-        slurm = {"JOB_ID": "8", "JOB_NAME": "job", "JOB_NUM_NODES": "1", "JOB_NODELIST": "n1", "SUBMIT_DIR": self.folder}
-        environment = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-        environment |= {"SLURMD_NODENAME": "n1", "CALLS": str(self.calls), "CODE": str(code), "PREEMPTED": preempted}
+        job = {"ID": "8", "NAME": "job", "NUM_NODES": "1", "NODELIST": "n1"}
+        environment = {f"SLURM_JOB_{name}": value for name, value in job.items()}
+        environment |= {"SLURM_SUBMIT_DIR": str(self.folder), "SLURMD_NODENAME": "n1"}
+        environment |= {"CALLS": str(self.calls), "CODE": str(code), "PREEMPTED": preempted}
         environment |= {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "RAY_TMPDIR": str(self.folder), **more}
         self.calls.write_text("")
         path = self.folder / "slurm" / script
@@ -97,3 +100,15 @@ def test_a_notice_before_the_start_is_not_lost(bash: Bash) -> None:
     assert bash.run(code=75, RUN=notice) == 0
     assert [path.name for path in logs.glob("stop.*")] == ["stop.SIGUSR1"]
     assert bash.requeued == ["8"]
+
+
+def test_a_study_is_asked_for_again_and_again(bash: Bash) -> None:
+    """It knows itself what is finished."""
+    text = (ROOT / "slurm" / "train.sbatch").read_text()
+    (bash.folder / "slurm").unlink()
+    shutil.copytree(ROOT / "slurm", bash.folder / "slurm")
+    (bash.folder / "slurm" / "train.sbatch").write_text(re.sub("(?m)^study=.*", "study=(a.yaml --workers 2)", text))
+    for restart in ("0", "1"):
+        assert bash.run(code=75, SLURM_RESTART_COUNT=restart) == 0
+        assert bash.called("tldist") == [f"study a.yaml --workers 2 --dir {bash.folder}/runs/job-8"]
+        assert bash.requeued == ["8"]

@@ -17,6 +17,8 @@ from tldist.config import UserError
 from tldist_launcher.arguments import flag_types
 from tldist_launcher.cli import main
 from tldist_launcher.slurm import array_numbers, parse_submit, render, script, seconds_of
+from tldist_launcher.study import resolved
+from tldist_launcher.study_file import read_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -55,7 +57,7 @@ def sbatch_options(text: str) -> list[str]:
 def variables(text: str) -> dict[str, str]:
     """As bash reads the settings, which stand before the first line that does something."""
     settings = text.split("set -uo pipefail\n")[1].split("\nlogs=")[0]
-    names = ("run_dir", "scripts", "bin", "code", "places", "requeues", "container")
+    names = ("run_dir", "scripts", "bin", "code", "places", "requeues", "container", "study")
     ask = "\n".join(f'printf "%s\\n" {name}="${{{name}[*]}}"' for name in names)
     told = subprocess.run(["bash", "-c", f"{settings}\n{ask}"], capture_output=True, text=True, check=True).stdout
     return dict(line.split("=", 1) for line in told.splitlines())
@@ -201,6 +203,70 @@ def test_what_is_printed_can_be_typed(photos: Path, sbatch: Path, capsys: pytest
 
     assert said("a") == [["tldist", "logs", str(sbatch / "a"), "--follow"], ["scancel", "7"]]
     assert said("b", "--array", "0-1") == [["tldist", "runs", str(sbatch / "b")], ["scancel", "7"]]
+
+
+STUDY = """
+recipe: folder
+flags: {model.weights: none, data.batch_size: 32}
+grid:
+  strategy.name: [full, partial]
+  images:
+    ours: {data.root: ours}
+    others: {data.root: others}
+seeds: 5
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study's file, whose paths are relative to the folder that one is in."""
+    (tmp_path / "here").mkdir()
+    for name in ("ours", "others"):
+        (tmp_path / "here" / name).symlink_to(photos)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "which.yaml").write_text(STUDY)
+    return tmp_path / "which.yaml"
+
+
+def test_a_study_is_one_job(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the cores of whole nodes to share out, and all that its trials read."""
+    words = (
+        "--nodes 2 --gpus-per-node 4 --workers 4 --gpus-per-trial 0.5 --cache.dir cached --container image --dry-run"
+    )
+    assert main(["submit", "--study", str(study), *words.split()]) == 0
+    text, here = capsys.readouterr().out, Path.cwd()
+    told = variables(text)
+    assert told["run_dir"] == f"{here}/studies/which"
+    assert told["study"] == f"{here}/studies/which/code/which.yaml --workers 4 --gpus-per-trial 0.5"
+    mounts = told["container"].split()[1].partition("=")[2].split(",")
+    assert {f"{here}/{name}:{here}/{name}" for name in ("ours", "others", "cached")} < set(mounts)
+    assert "places=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} " in text
+    assert {"--job-name=study-which", "--nodes=2", "--cpus-per-task=32"} <= set(sbatch_options(text))
+    assert not (here / "studies").exists()
+
+
+def test_a_study_is_submitted_as_it_was_read(study: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once more, too, but not while a job is at it; what Slurm refuses leaves what was there."""
+    words = ["submit", "--study", str(study), "--dir", str(sbatch), "--data.image-size", "64"]
+    assert main([*words, "--array", "0-1"]) == 2
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (sbatch.parent / "bin" / "squeue").chmod(0o755)
+    assert main(words) == 0
+    assert (sbatch / "code" / "tldist" / "fit.py").exists()
+    again = read_file(sbatch / "code" / "which.yaml", [], sbatch)
+    assert again == resolved(read_file(study, ["--data.image-size", "64"], sbatch))
+    assert again.axes[1].choices["others"] == {"data.root": str(Path.cwd() / "others")}
+    (sbatch / "trials" / "mine").touch()
+    assert main(words) == 0
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\necho '7|7|PENDING|Priority'\n")
+    assert main(words) == 2
+    assert "job 7 is at" in capsys.readouterr().err
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (sbatch.parent / "bin" / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    assert main(words) == 2
+    assert (sbatch / "trials" / "mine").exists()
+    assert main([*words[:4], str(sbatch.parent / "new"), *words[5:]]) == 2
+    assert not (sbatch.parent / "new").exists()
 
 
 def test_the_runs_of_an_array_are_a_group(photos: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_printed_can_be_typed(photos: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def said(name: str, *words: str) -> list[str]:
+    def said(name: str, *words: str) -> list[list[str]]:
         run_dir = ["--run-dir", str(sbatch / name)]
         assert main(["submit", *RUN, "--data.root", str(photos), *run_dir, *words]) == 0
         return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()][2:]

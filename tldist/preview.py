@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tldist.config import DataConfig
-from tldist.data.batches import BatchPlan, plan_batch
-from tldist.data.decode import read_box
+from tldist.data.bad_images import BadImages
+from tldist.data.batches import plan_batch
 from tldist.data.index import Index
 from tldist.data.loader import Loader, Read
 from tldist.data.mixing import draw_mix, mixed_targets, step_generator
 from tldist.data.presets import AugmentSpec, augment_spec
-from tldist.data.torchvision_loader import show
+from tldist.data.torchvision_loader import TorchvisionLoader
 from tldist_kernels import mix_normalize
 
 IMAGES, EPOCHS, MIXED_STEPS = 6, 6, 3
@@ -31,37 +32,30 @@ class _Tile:
 
 
 def contact_sheet(
-    data: DataConfig, index: Index, seed: int, loader: Loader, most: int, read: Read | None = None
+    data: DataConfig, index: Index, seed: int, loader: Loader, most: int, bad: BadImages, read: Read | None = None
 ) -> Image.Image:
     """One row for each of a few training images: as evaluation shows it, then in the first epochs; then mixed batches.
 
     Args:
         loader: the run's own, for training; `most`: images that it takes at once.
-        read: what it reads from, where that is no file.
+        bad: what becomes of images that cannot be read.
+        read: what the loader reads from, where that is no file.
     """
     spec, split = augment_spec(data.augment), index.train
     ids_N = np.unique(np.linspace(0, len(split) - 1, min(IMAGES, most, len(split))).astype(int))
     plans = [plan_batch(split, spec, data.image_size, seed, epoch, ids_N) for epoch in range(EPOCHS)]
-    plain = plan_batch(split, AugmentSpec(), data.image_size, 0, 0, ids_N)
     # First, one by one: what `read` keeps is then decoded once, though the epochs below want it side by side.
-    plain_tiles = [_plain(plain, i, data, index, read) for i in range(len(ids_N))]
+    one_by_one = TorchvisionLoader(Path(index.root), AugmentSpec(), data.image_size, 1, torch.device("cpu"), bad, read)
+    with contextlib.closing(one_by_one):
+        (plain,) = one_by_one.batches([plan_batch(split, AugmentSpec(), data.image_size, 0, 0, ids_N)])
     shown = [batch.images_NHWC.cpu() for batch in loader.batches(plans)]
     rows = [
-        [tile, *(_tile(images[i], f"epoch {e + 1}") for e, images in enumerate(shown))]
-        for i, tile in enumerate(plain_tiles)
+        [_tile(image, index.classes[label]), *(_tile(images[i], f"epoch {e + 1}") for e, images in enumerate(shown))]
+        for i, (image, label) in enumerate(zip(plain.images_NHWC, plain.labels_N.tolist(), strict=True))
     ]
-    labels_N = torch.from_numpy(plain.labels_N)
     steps = range(MIXED_STEPS if data.mix_at == "input" else 0)
-    rows += [row for step in steps if (row := _mixed(data, index, seed, step, shown[0], labels_N))]
+    rows += [row for step in steps if (row := _mixed(data, index, seed, step, shown[0], plain.labels_N))]
     return _drawn(rows)
-
-
-def _plain(plan: BatchPlan, i: int, data: DataConfig, index: Index, read: Read | None) -> _Tile:
-    place, view = plan.place(Path(index.root), i), plan.views[i]
-    box = view.box_N4[0].tolist()
-    crop_CHW = read(int(plan.ids_N[i]), place, box) if read else read_box(place, box)
-    image_CHW = show(crop_CHW, view, AugmentSpec(), data.image_size)
-    return _tile(image_CHW.permute(1, 2, 0), index.classes[int(plan.labels_N[i])])
 
 
 def _mixed(data: DataConfig, index: Index, seed: int, step: int, images_NHWC: Tensor, labels_N: Tensor) -> list[_Tile]:

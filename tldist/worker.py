@@ -314,8 +314,15 @@ def show_inputs(parts: Run, sink: WandbSink | None) -> None:
     if path.exists():
         return
     path.parent.mkdir(exist_ok=True)
-    data, read = parts.config.data, parts.train_pixels
-    sheet = contact_sheet(data, parts.index, parts.config.seed, parts.train_loader, parts.share, read)
+    sheet = contact_sheet(
+        parts.config.data,
+        parts.index,
+        parts.config.seed,
+        parts.train_loader,
+        parts.share,
+        parts.bad_images,
+        parts.train_pixels,
+    )
     with contextlib.suppress(OSError):  # a full disk: training goes on without the picture
         sheet.save(path, quality=90)
         if sink is not None:

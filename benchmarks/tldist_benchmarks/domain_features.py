@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from tldist import backbones, checkpoint, config
-from tldist.config import RunConfig
+from tldist.batchnorm import BatchNorm
+from tldist.config import DOMAINS, RunConfig
 from tldist.data.batches import plan_batch
 from tldist.data.domains import build_domains
 from tldist.data.index import Index, Split
@@ -46,7 +47,11 @@ def features(settings: RunConfig, index: Index, split: Split) -> tuple[np.ndarra
     images_NHWC = next(iter(loader.batches([plan]))).images_NHWC
     loader.close()
     stage = settings.strategy.align_at or list(model.stages)[-2]
-    _, output = model.eval()(to_input(images_NHWC, torch.float32), stage)
+    model.eval()
+    if settings.train.batchnorm == "domain" and len(DOMAINS[settings.strategy.name]) == 2:
+        for module in model.modules():  # each domain by its own statistics, of which the target's alone were kept
+            module.train(isinstance(module, BatchNorm))
+    _, output = model(to_input(images_NHWC, torch.float32), stage)
     return rows_of(output).numpy(), plan.labels_N
 
 

@@ -10,6 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tldist.config import UserError, nearest
+from tldist.data.bad_images import BadImages
 from tldist.data.datasets import DATASETS, fetch
 from tldist.data.index import Index, build_index
 from tldist.data.loader import open_loader
@@ -94,8 +95,9 @@ def preview_command(words: Sequence[str]) -> int:
         raise UserError(f"--out {out} must be a .jpg or .png file in a folder that exists")
     with bar("looking at images") as progress:
         index = build_index(root, data.classes, progress)
-    loader = open_loader(data, augment_spec(data.augment), IMAGES, torch.device("cpu"))
-    contact_sheet(data, index, settings.seed, loader, IMAGES).save(out)
+    bad = BadImages(data.on_bad_image == "skip")
+    loader = open_loader(data, augment_spec(data.augment), IMAGES, torch.device("cpu"), bad=bad)
+    contact_sheet(data, index, settings.seed, loader, IMAGES, bad).save(out)
     loader.close()
     print(f"preview: {out}")
     return 0

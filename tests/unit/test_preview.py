@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from PIL import Image
 
 from tldist import preview
 from tldist.config import DataConfig
+from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import plan_batch
-from tldist.data.index import build_index
+from tldist.data.index import Index, build_index
 from tldist.data.loader import open_loader
 from tldist.data.mixing import draw_mix, mixed_targets, step_generator
 from tldist.data.presets import augment_spec
@@ -22,9 +25,10 @@ from tldist_launcher.cli import main
 CPU = torch.device("cpu")
 
 
-def sheet(data: DataConfig, seed: int = 0) -> Image.Image:
-    loader = open_loader(data, augment_spec(data.augment), IMAGES, CPU)
-    made = contact_sheet(data, build_index(data.root), seed, loader, IMAGES)
+def sheet(data: DataConfig, seed: int = 0, index: Index | None = None) -> Image.Image:
+    bad = BadImages(data.on_bad_image == "skip")
+    loader = open_loader(data, augment_spec(data.augment), IMAGES, CPU, bad=bad)
+    made = contact_sheet(data, index or build_index(data.root), seed, loader, IMAGES, bad)
     loader.close()
     return made
 
@@ -69,6 +73,21 @@ def test_mixed_rows_are_those_of_the_steps_with_their_labels_weights(photos: Pat
             assert (from_own | from_partner).all()
             if mix.partner_N[i] != i:
                 assert from_own.mean() == pytest.approx(weight_N[i].item(), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["dali", "torchvision"])
+def test_an_image_that_broke_after_the_check_is_named_or_left_out(photos: Path, tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    index = build_index(root)
+    first = root / index.train.paths[0]
+    first.write_bytes(bytes(first.stat().st_size))
+    data = DataConfig(root=str(root), image_size=preview._TILE, loader=kind)  # type: ignore[arg-type]
+    with pytest.raises(DecodeError, match=index.train.paths[0]):
+        sheet(data, index=index)
+    made = sheet(replace(data, on_bad_image="skip"), index=index)
+    for column in range(1 + EPOCHS):
+        assert np.array_equal(tile(made, 0, column), tile(made, 1, column)), "the next image is shown in its place"
 
 
 def test_the_command_writes_a_picture(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

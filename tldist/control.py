@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -52,10 +53,15 @@ def stop_reason(run_dir: Path) -> str | None:
     return asked[0].name.removeprefix(_STOP) if asked else None
 
 
-def forget_stop(run_dir: Path) -> None:
-    """Before a new start: what an earlier one was asked has been done."""
-    for asked in (run_dir / "logs").glob(f"{_STOP}*"):
-        asked.unlink(missing_ok=True)
+def forget_stop(run_dir: Path, reason: str = "") -> None:
+    """One reason, which has been answered; or before a new start all, as what an earlier one was asked has been done.
+
+    A batch script, which says so in TLDIST_RUN_DIR, has forgotten all before it began to listen to Slurm: what stands
+    there now is for this start, although it came earlier, and Slurm does not say it again.
+    """
+    if reason or os.environ.get("TLDIST_RUN_DIR") != str(run_dir):
+        for asked in (run_dir / "logs").glob(f"{_STOP}{reason or '*'}"):
+            asked.unlink(missing_ok=True)
 
 
 _STOP = "stop."

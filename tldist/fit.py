@@ -270,7 +270,7 @@ def stop(run: Run, state: TrainState) -> None:
     if reason != control.MORE_PLACES:
         raise NotWritten(problem)
     if dist.is_main():
-        control.forget_stop(run.run_dir)
+        control.forget_stop(run.run_dir, control.MORE_PLACES)
 
 
 def factor_at(run: Run, live: LivePhase, state: TrainState, step: int) -> float:

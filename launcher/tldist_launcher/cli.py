@@ -217,7 +217,7 @@ COMMANDS: dict[str, tuple[Command, str, str]] = {
     "submit": (
         _submit,
         "submit RECIPE --nodes N [--flag VALUE ...]",
-        "train on a Slurm cluster; --dry-run prints the script",
+        "train on a Slurm cluster, or run a --study; --dry-run prints the script",
     ),
     "runs": (_runs, "runs [FOLDER]", "run directories below it, and how each stands"),
     "logs": (_logs, "logs RUN_DIR [--follow]", "what a run printed, and goes on to print"),

@@ -107,11 +107,16 @@ def child(code: str) -> Facts:
 
 def command(*words: str) -> str:
     """What a command prints; empty where it is absent, fails or hangs."""
+    return answer(*words) or ""
+
+
+def answer(*words: str) -> str | None:
+    """What a command prints; None where it is absent, fails or hangs."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+        return done.stdout.strip() if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired):
-        return ""
+        return None
 
 
 def brief(error: Exception) -> str:

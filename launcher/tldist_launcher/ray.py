@@ -197,8 +197,7 @@ def _fit_with_restarts(settings: RunConfig, terminal: TextIO, work: Work | None 
     """Fit, until the run is done, stopped, or failed by something that another start would not mend."""
     run_dir, wanted, restarts = Path(settings.run_dir), settings.launch, Restarts(settings)
     for attempt in itertools.count():
-        if control.stop_reason(run_dir) == control.MORE_PLACES:
-            control.forget_stop(run_dir)  # now they are taken
+        control.forget_stop(run_dir, control.MORE_PLACES)  # now they are taken
         workers = _wait_for_places(settings, wanted, terminal)
         if workers == 0:
             return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import getpass
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tldist.tracking.console import Console, follow
 from tldist.tracking.runlog import RunLog
 from tldist.tracking.wording import number, whole
 from tldist_launcher.arguments import parse_flags
-from tldist_launcher.machine import command
+from tldist_launcher.machine import answer
 
 ALIVE_S = 60.0
 """A run without a job is under way while something in its folder is younger: workers write a sign every 10 s."""
@@ -32,8 +33,8 @@ ASK_S = 3.0
 """Between two questions to Slurm's controller, which a whole cluster asks."""
 
 
-STOPPED, TERMINATED = 75, 143
-"""Exit codes of a job that saved and stopped, and of one that was cancelled."""
+DONE, STOPPED, TERMINATED = 0, 75, 143
+"""Exit codes of a job that reached its end, of one that saved and stopped, and of one that was cancelled."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,19 @@ class Queued:
         return f"{words} ({self.reason})" if self.state == "PENDING" and self.reason != "None" else words
 
 
-def queue() -> dict[str, Queued]:
-    """This user's jobs, by number and for a task of an array also by JOB_TASK; empty where there is no Slurm."""
-    rows = command("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%i|%T|%r").splitlines()
+Jobs = Mapping[str, Queued] | None
+"""A user's jobs, by number and for a task of an array also by JOB_TASK; None where Slurm does not tell."""
+
+
+def queue() -> Jobs:
+    """This user's jobs; empty where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return {}
+    told = answer("squeue", "-h", "-r", "-u", getpass.getuser(), "-o", "%A|%i|%T|%r")
+    if told is None:
+        return None
     found: dict[str, Queued] = {}
-    for row in rows:
+    for row in told.splitlines():
         job, name, state, reason = row.split("|", 3)
         found[name] = found[job] = Queued(state, reason)
     return found
@@ -60,8 +69,10 @@ def queue() -> dict[str, Queued]:
 
 def job_of(run_dir: Path) -> str | None:
     """The Slurm job that runs it, ran it last, or is to run it; None: it was started by hand."""
-    notes = job_notes(run_dir)
-    return str(notes[-1].get("job")) if notes else _submission(run_dir).get("job")
+    notes, submission = job_notes(run_dir), _submission(run_dir)
+    if notes and (number(notes[-1], "time") or 0) >= (number(submission, "time") or 0):
+        return str(notes[-1].get("job"))
+    return submission.get("job")
 
 
 def job_notes(run_dir: Path) -> list[dict[str, Any]]:
@@ -73,6 +84,12 @@ def job_notes(run_dir: Path) -> list[dict[str, Any]]:
     return [row for line in lines if (row := runlog.parse(line)) is not None]
 
 
+def _code_of(job: str | None, run_dir: Path) -> int | None:
+    """What a job ended with, as far as it was noted."""
+    notes = job_notes(run_dir)
+    return whole(notes[-1], "code") if notes and notes[-1].get("job") == job else None
+
+
 def _submission(run_dir: Path) -> dict[str, Any]:
     try:
         return json.loads((run_dir / "submit.json").read_text())
@@ -80,15 +97,18 @@ def _submission(run_dir: Path) -> dict[str, Any]:
         return {}
 
 
-def state_of(run_dir: Path, jobs: dict[str, Queued]) -> str:
-    """`done`, `running`, `pending (Priority)`, `stopped`, `failed`, `cancelled` or `interrupted`."""
+def state_of(run_dir: Path, jobs: Jobs) -> str:
+    """`done`, `running`, `pending (Priority)`, `stopped`, `failed`, `cancelled`, `interrupted`, or `unknown (...)`."""
     if (run_dir / "summary.json").exists():
         return "done"
     job = job_of(run_dir)
-    if job in jobs:
-        return str(jobs[job])
-    last, notes = _last_word(run_dir), job_notes(run_dir)
-    code = notes[-1].get("code") if notes else None
+    if job is not None and jobs is None:
+        return "unknown (squeue fails)"
+    if queued := (jobs or {}).get(job or ""):
+        return str(queued)
+    last, code = _last_word(run_dir), _code_of(job, run_dir)
+    if code == DONE:
+        return "done"
     if code == TERMINATED:
         return "cancelled"
     if last.get("event") == "error" or code not in (None, STOPPED):
@@ -166,30 +186,35 @@ def logs_command(words: Sequence[str]) -> int:
         parse_flags([word for word in rest if word.startswith("-")], {}, "logs")
         raise UserError("name one run directory: tldist logs RUN_DIR [--follow]")
     run_dir = Path(rest[0]).expanduser()
-    if not (run_dir / "config.yaml").is_file():
+    if not (run_dir / "config.yaml").is_file() and not _keeps_output(run_dir):
         raise UserError(f"{run_dir} is no run directory: `tldist runs` lists those in a folder")
     if goes_on:
         return follow_run(run_dir)
-    if job_of(run_dir) is None:
-        _show_metrics(run_dir, lambda: False)
-    else:
+    if _keeps_output(run_dir):
         Output(run_dir).show()
         _tell_first_step(run_dir)
+    else:
+        _show_metrics(run_dir, lambda: False)
     return 0
+
+
+def _keeps_output(run_dir: Path) -> bool:
+    """Is what it printed in its folder? The job of a batch script that was submitted by hand writes it elsewhere."""
+    return (run_dir / "submit.json").exists()
 
 
 def follow_run(run_dir: Path) -> int:
     """Show what a run prints until it is over; the exit code is 0 where it reached its end. Ctrl-C ends the showing."""
     watch = Watch(run_dir)
     try:
-        if job_of(run_dir) is None:
-            _show_metrics(run_dir, watch.is_under_way)
-        else:
+        if _keeps_output(run_dir):
             _show_job(run_dir, watch)
+        else:
+            _show_metrics(run_dir, watch.is_under_way)
     except KeyboardInterrupt:
         print(f"\nthe run goes on: `tldist logs {run_dir} --follow` shows it again", file=sys.stderr)
         return 130
-    return 0 if (run_dir / "summary.json").exists() else 1
+    return 0 if watch.state == "done" else 1
 
 
 class Watch:
@@ -202,7 +227,7 @@ class Watch:
         """Running, or still to run."""
         if time.monotonic() - self._asked >= ASK_S:
             jobs = queue()
-            self.state, self._is_queued = state_of(self.run_dir, jobs), job_of(self.run_dir) in jobs
+            self.state, self._is_queued = state_of(self.run_dir, jobs), job_of(self.run_dir) in (jobs or {})
             self._asked = time.monotonic()
         return self._is_queued or self.state not in ("done", "failed", "stopped", "cancelled", "interrupted")
 
@@ -218,7 +243,7 @@ def _show_job(run_dir: Path, watch: Watch) -> None:
         under_way = watch.is_under_way()  # asked before reading: what was written just before the end is still read
         output.show()
         told = told or _tell_first_step(run_dir)
-        if watch.state != waiting and watch.state.startswith("pending"):
+        if watch.state != waiting and watch.state.startswith(("pending", "unknown")):
             print(f"tldist: {watch.state}", flush=True)
         waiting = watch.state
         if not under_way:
@@ -251,10 +276,12 @@ def _tell_first_step(run_dir: Path) -> bool:
 def first_step(run_dir: Path) -> str:
     """How long it took from the submission to the first step that was logged; empty where there is none yet."""
     submitted, notes = number(_submission(run_dir), "time"), job_notes(run_dir)
+    began = number(notes[0], "time") if notes else None
+    if submitted is None or began is None:
+        return ""
     row = next((row for row in runlog.read(run_dir).train), {})
     step, at = whole(row, "step"), number(row, "time")
-    began = number(notes[0], "time") if notes else None
-    if submitted is None or began is None or step is None or at is None:
+    if step is None or at is None:
         return ""
     return (
         f"step {step} was done {at - submitted:.1f} s after the submission: "

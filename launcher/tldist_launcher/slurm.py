@@ -1,4 +1,4 @@
-"""`tldist submit`: a run directory made beforehand, and a job for Slurm from a script that a person can read."""
+"""`tldist submit`: a run's or a study's directory, made beforehand, and a job from a script that a person can read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from tldist import config, worker
 from tldist.config import RunConfig, UserError
 from tldist.data.index import root_folder
 from tldist.rules import validate
+from tldist.study import STUDY
 from tldist.tracking.environment import environment
+from tldist_launcher import study_job
 from tldist_launcher.arguments import as_number, parse_run, take_flags
 from tldist_launcher.launch import absolute, make_run_dir, named_run_dir
+from tldist_launcher.study_file import Study, write_file
 
 FLAGS = {
     "--nodes": ("1", "nodes"),
     "--gpus-per-node": ("0", "GPUs of each, and as many workers; 0: one worker that has the node's cores"),
-    "--cpus-per-node": ("", "cores of each (default: what the cluster gives)"),
+    "--cpus-per-node": ("", "cores of each (default: 8 for each GPU; without GPUs whole nodes, --exclusive)"),
     "--mem": ("", "memory of each, 64G for instance; 0: all of it (default: what the cluster gives)"),
     "--time": ("", "limit, as Slurm reads it: 4:00:00 or 2-12 (default: the partition's)"),
     "--partition": ("", "sbatch's own, and so are the next three"),
@@ -41,10 +44,17 @@ FLAGS = {
     "--container": ("", "an image for srun --container-image (pyxis and enroot)"),
     "--container-mounts": ("", "more folders for it, FROM:TO,...; data, weights and the run directory are there"),
     "--array": ("", "0-4, say: five runs, each with its number as its --seed"),
+    "--study": (
+        "",
+        "in place of RECIPE, a study's file or name: one job for all of it; also the flags of tldist study",
+    ),
     "--requeues": ("20", "back into the queue at most so often, after a time limit or a preemption"),
     "--save-before": ("300", "seconds between the signal to save and the time limit"),
 }
 """Flag -> default, what it means."""
+
+CORES_PER_GPU = 8
+"""Where nothing else is asked for, as in slurm/: sbatch itself would give a node's workers one core in all."""
 
 SWITCHES = {
     "--dry-run": "print the script, and do nothing",
@@ -62,11 +72,30 @@ HELP = "\n".join(
 
 @dataclass(frozen=True)
 class Job:
-    """What to submit: the allocation's flags, and the run."""
+    """What to submit: the allocation's flags, and the run or the study."""
 
     flags: Mapping[str, str]
     settings: RunConfig
+    """Of a study, what its trials start from."""
     command: Sequence[str]
+    study: Study | None = None
+    study_words: Sequence[str] = ()
+    """How `tldist study` is to share out the cluster."""
+
+    @property
+    def name(self) -> str:
+        """In the queue, where no other is given."""
+        return f"study-{self.study.name}" if self.study else f"{self.settings.recipe}-{self.settings.strategy.name}"
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run would go if it began now, or the study's directory."""
+        return self.study.folder if self.study else named_run_dir(self.settings)
+
+    @property
+    def trained(self) -> list[RunConfig]:
+        """The run, or a study's trials."""
+        return [trial.settings for trial in study_job.trials_of(self.study)] if self.study else [self.settings]
 
     @property
     def nodes(self) -> int:
@@ -88,21 +117,23 @@ def submit(words: Sequence[str]) -> int:
     """`tldist submit RECIPE [flags]`; returns the exit code."""
     job, switches = parse_submit(words)
     if "--dry-run" in switches:
-        print(script(job, named_run_dir(job.settings)), end="")
+        print(script(job, job.run_dir), end="")
         return 0
     if shutil.which("sbatch") is None:
         raise UserError("there is no sbatch here: submit from the cluster's login node, or look with --dry-run")
-    run_dir = make_run_dir(job.settings)
+    is_new = not (job.study and job.study.folder.exists())
+    run_dir = study_job.make_folder(job.study) if job.study else make_run_dir(job.settings)
     facts = {"time": time.time(), "command": ["tldist", "submit", *job.command], **environment()}
     try:
         _fill(job, run_dir, facts)
         number = _sbatch(run_dir)
     except BaseException:
-        _clear(run_dir)
+        if is_new:
+            _clear(run_dir)
         raise
     for seed, folder in _folders(job, run_dir).items():
         _note_submission(folder, number if seed is None else f"{number}_{seed}", facts)
-    print(f"job: {number}\nrun: {run_dir}\nwatch: tldist logs {run_dir} --follow\ncancel: scancel {number}", flush=True)
+    print(_submitted(job, number, run_dir), flush=True)
     if "--follow" not in switches:
         return 0
     from tldist_launcher.runs import follow_run
@@ -119,13 +150,38 @@ def parse_submit(words: Sequence[str]) -> tuple[Job, set[str]]:
     _check_flags(flags)
     if flags["--array"] and "--follow" in switches:
         raise UserError("--follow shows one run, and --array starts several: leave one out")
+    job = _study_job(flags, rest, words) if flags["--study"] else _run_job(flags, rest, words)
+    return job, switches
+
+
+def _run_job(flags: Mapping[str, str], rest: Sequence[str], words: Sequence[str]) -> Job:
     settings = absolute(parse_run(rest, "submit", [*FLAGS, *SWITCHES]))
     if not any(word.split("=")[0].replace("_", "-") == "--launch.workers" for word in rest):
         workers = int(flags["--nodes"]) * max(1, int(flags["--gpus-per-node"]))
         settings = dataclasses.replace(settings, launch=dataclasses.replace(settings.launch, workers=workers))
     job = Job(flags, settings, words)
-    _check_run(job)
-    return job, switches
+    gpus = int(flags["--gpus-per-node"])
+    if gpus and job.places > gpus:
+        raise UserError(
+            f"--launch.workers {settings.launch.workers} on {job.nodes} nodes of {gpus} GPUs: use at most "
+            f"{job.nodes * gpus}"
+        )
+    _check_run(settings)
+    return job
+
+
+def _study_job(flags: Mapping[str, str], rest: Sequence[str], words: Sequence[str]) -> Job:
+    if flags["--array"]:
+        raise UserError("a study is one job, which runs all its seeds: leave out --array, or --study")
+    study, sharing = study_job.read(flags["--study"], rest, _check_run)
+    return Job(flags, study.base, words, study, sharing)
+
+
+def _submitted(job: Job, number: str, run_dir: Path) -> str:
+    """Where it is, and the commands that watch and cancel it."""
+    path = shlex.quote(str(run_dir))
+    watch = f"tldist runs {path}" if job.seeds else f"tldist logs {path} --follow"
+    return f"job: {number}\nrun: {run_dir}\nwatch: {watch}\ncancel: scancel {number}"
 
 
 def _check_flags(flags: Mapping[str, str]) -> None:
@@ -145,15 +201,8 @@ def _check_flags(flags: Mapping[str, str]) -> None:
     array_numbers(flags["--array"])
 
 
-def _check_run(job: Job) -> None:
-    """What `tldist train` would refuse on the cluster, as far as this machine can tell: no image is read here."""
-    settings, gpus = job.settings, int(job.flags["--gpus-per-node"])
+def _check_run(settings: RunConfig) -> None:
     validate(settings)
-    if gpus and job.places > gpus:
-        raise UserError(
-            f"--launch.workers {settings.launch.workers} on {job.nodes} nodes of {gpus} GPUs: use at most "
-            f"{job.nodes * gpus}"
-        )
     root_folder(settings.data.root)
     worker.plan_of(settings)
 
@@ -189,13 +238,14 @@ TEMPLATES = files("tldist_launcher") / "templates"
 
 def script(job: Job, run_dir: Path) -> str:
     """The batch script: slurm/train.sbatch with this job's values."""
-    flags, code = job.flags, run_dir / "code"
+    flags, code, gpus = job.flags, run_dir / "code", int(job.flags["--gpus-per-node"])
+    whole_nodes = ["--exclusive"] if not gpus and not flags["--cpus-per-node"] else []
     logs = str(run_dir).replace("%", "%%") + ("/seed-%a/logs/slurm-%A_%a.log" if job.seeds else "/logs/slurm-%j.log")
     directives = {
-        "job-name": flags["--job-name"] or f"{job.settings.recipe}-{job.settings.strategy.name}",
+        "job-name": flags["--job-name"] or job.name,
         "nodes": str(job.nodes),
-        "gpus-per-node": flags["--gpus-per-node"] if int(flags["--gpus-per-node"]) else "",
-        "cpus-per-task": flags["--cpus-per-node"],
+        "gpus-per-node": str(gpus) if gpus else "",
+        "cpus-per-task": flags["--cpus-per-node"] or (str(CORES_PER_GPU * gpus) if gpus else ""),
         "signal": f"B:USR1@{flags['--save-before']}",
         "output": logs,
         # Ray puts the folder that a driver runs in before all others on its workers' import path.
@@ -207,11 +257,14 @@ def script(job: Job, run_dir: Path) -> str:
         "scripts": shlex.quote(str(code / "tldist_launcher" / "templates")),
         "bin": "" if flags["--container"] else shlex.quote(str(Path(sys.executable).parent)),
         "code": shlex.quote(str(code)),
-        "places": str(job.places),
+        # Trials share a node's cores; so many are Ray's to give.
+        "places": "${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" if job.study else str(job.places),
         "requeues": flags["--requeues"],
         "container": f"({shlex.join(_container(job, run_dir))})",
+        "study": f"({shlex.join([str(code / job.study.file_name), *job.study_words]) if job.study else ''})",
     }
-    text = render((TEMPLATES / "train.sbatch").read_text(), directives, settings, shlex.split(flags["--sbatch"]))
+    more = whole_nodes + shlex.split(flags["--sbatch"])
+    text = render((TEMPLATES / "train.sbatch").read_text(), directives, settings, more)
     first, _, rest = text.partition("\n")
     return f"{first}\n# {shlex.join(['tldist', 'submit', *job.command])}\n{rest}"
 
@@ -232,7 +285,9 @@ def render(text: str, directives: Mapping[str, str], settings: Mapping[str, str]
     if unset:
         raise ValueError(f"the template sets no {', '.join(unset)}")
     last = max(i for i, line in enumerate(lines) if line.startswith("#SBATCH"))
-    added = [_directive(name, value) for name, value in left.items() if value] + [f"#SBATCH {word}" for word in more]
+    added = [_directive(name, value) for name, value in left.items() if value] + [
+        f"#SBATCH {shlex.quote(word)}" for word in more
+    ]
     return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :], ""])
 
 
@@ -244,11 +299,13 @@ def _container(job: Job, run_dir: Path) -> list[str]:
     image = job.flags["--container"]
     if not image:
         return []
-    weights, features = Path(job.settings.model.weights), job.settings.cache.dir
-    folders = [run_dir, job.settings.data.root, os.environ.get("RAY_TMPDIR", "/tmp")]
-    folders += [weights.parent] if weights.is_file() else []
-    folders += [features] if features else []
-    mounts = [f"{folder}:{folder}" for folder in dict.fromkeys(map(str, folders))]
+    folders: list[Path | str] = [run_dir]
+    for settings in job.trained:
+        weights = Path(settings.model.weights)
+        folders += [settings.data.root, settings.cache.dir, weights.parent if weights.is_file() else ""]
+        folders += settings.optim.ewc_from
+    folders.append(os.environ.get("RAY_TMPDIR", "/tmp"))
+    mounts = [f"{folder}:{folder}" for folder in dict.fromkeys(map(str, folders)) if folder]
     mounts += [job.flags["--container-mounts"]] if job.flags["--container-mounts"] else []
     return [
         f"--container-image={image}",
@@ -264,26 +321,40 @@ def _folders(job: Job, run_dir: Path) -> dict[int | None, Path]:
 
 def _fill(job: Job, run_dir: Path, facts: Mapping[str, Any]) -> None:
     """Configuration, source and script: what is changed afterwards does not reach a job that waits in the queue."""
-    for seed, folder in _folders(job, run_dir).items():
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        named = dataclasses.replace(job.settings, run_dir=str(folder))
-        config.save(named if seed is None else dataclasses.replace(named, seed=seed), folder / "config.yaml")
-        _note_submission(folder, None, facts)
-    if job.seeds:
-        (run_dir / "config.yaml").unlink()  # the runs are below it
     for name in ("tldist", "tldist_kernels", "tldist_launcher", "tldist_benchmarks"):
         if (spec := find_spec(name)) is not None and spec.submodule_search_locations:
             source = Path(next(iter(spec.submodule_search_locations)))
             shutil.copytree(source, run_dir / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     (run_dir / "code" / "COMMIT").write_text(facts["commit"] or "")
     (run_dir / "job.sbatch").write_text(script(job, run_dir))
+    if job.study:
+        write_file(job.study, run_dir / "code" / job.study.file_name)
+    else:
+        _configure(job, run_dir, facts)
+
+
+def _configure(job: Job, run_dir: Path, facts: Mapping[str, Any]) -> None:
+    for seed, folder in _folders(job, run_dir).items():
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.replace(job.settings, run_dir=str(folder))
+        config.save(settings if seed is None else _of_array(settings, seed, run_dir.name), folder / "config.yaml")
+        _note_submission(folder, None, facts)
+    if job.seeds:
+        (run_dir / "config.yaml").unlink()  # the runs are below it
+
+
+def _of_array(settings: RunConfig, seed: int, name: str) -> RunConfig:
+    """One run of several, which are a group in W&B."""
+    group = settings.tracking.group or os.environ.get("WANDB_RUN_GROUP") or name
+    tracking = dataclasses.replace(settings.tracking, group=group)
+    return dataclasses.replace(settings, seed=seed, tracking=tracking)
 
 
 def _clear(run_dir: Path) -> None:
     """Nothing was submitted: remove what `_fill` wrote, and the folder where nothing else is in it."""
-    for name in ("code", "logs"):
+    for name in ("code", "logs", "trials"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
-    for name in ("config.yaml", "submit.json", "job.sbatch"):
+    for name in ("config.yaml", "submit.json", "job.sbatch", STUDY):
         (run_dir / name).unlink(missing_ok=True)
     for folder in run_dir.glob("seed-*"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,9 +16,11 @@ With `search:` in place of `grid:`, an axis may also be a range, `{from: 1e-4, t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,6 +135,11 @@ class Study:
         labels = {axis.name: axis.label(choices[axis.name]) for axis in self.axes}
         return Job(name, dict(choices), seed, stage, settings, labels)
 
+    @property
+    def file_name(self) -> str:
+        """Of a file that reads as it does: the name is the study's."""
+        return f"{self.name}.yaml"
+
     def grid(self) -> list[Job]:
         """Every combination with every seed; one seed of all before the next, so that an early look is a fair one."""
         labels = [list(axis.choices) for axis in self.axes]
@@ -196,6 +203,31 @@ def read_file(path: Path, words: Sequence[str], folder: Path, seeds: str = "") -
         return _study(path.stem, told, words, given, folder, seeds)
     except UserError as error:
         raise UserError(f"{path.name}: {error}") from error
+
+
+def write_file(study: Study, path: Path) -> None:
+    """A file that reads as this study does, with the command line's flags in it."""
+    base, recipes = _values(study.base), _values(recipe(study.base.recipe))
+    told = {
+        "title": study.title,
+        "recipe": study.base.recipe,
+        "flags": {flag: value for flag, value in base.items() if value != recipes[flag]},
+        "search" if study.is_search else "grid": {axis.name: _range_or_choices(axis) for axis in study.axes},
+        "seeds": list(study.seeds),
+        "metric": study.metric,
+        "budget": {k: v for k, v in vars(study.budget).items() if study.is_search or k not in OF_A_SEARCH},
+    }
+    path.write_text(yaml.safe_dump(told, sort_keys=False))
+
+
+def _range_or_choices(axis: Axis) -> dict[str, Any]:
+    return axis.choices if axis.span is None else {"from": axis.span.low, "to": axis.span.high, "log": axis.span.log}
+
+
+def _values(settings: RunConfig) -> dict[str, Any]:
+    """Of all flags, by dotted name."""
+    told = config.to_dict(settings)
+    return {name: functools.reduce(operator.getitem, name.split("."), told) for name in config.flags()}
 
 
 def _study(name: str, told: Any, words: Sequence[str], given: set[str], folder: Path, seeds: str) -> Study:

@@ -243,6 +243,29 @@ def test_an_array_is_a_run_for_each_seed(slurm: Cluster, undisturbed: Submitted)
     assert first != second
 
 
+@long
+def test_a_preempted_study_comes_back_and_finishes_the_rest(slurm: Cluster) -> None:
+    """Two trials at once on two nodes; those that were finished before it was stopped are not run again."""
+    file, run = slurm.shared / "rates.yaml", Submitted(slurm, "study")
+    grid = {"optim.base_lr": [0.1, 0.01]}
+    flags = {"data.root": str(slurm.shared / "photos"), "model.weights": "none", "data.image_size": 32}
+    flags |= {"data.batch_size": 8, "train.epochs": 3, "tracking.wandb": "disabled"}
+    file.write_text(json.dumps({"recipe": "folder", "flags": flags, "grid": grid, "seeds": 3}))
+    run.tldist("submit", "--study", str(file), "--dir", str(run.run_dir), "--nodes", "2", "--cpus-per-node", "1")
+    trials = run.run_dir / "trials"
+    run.until(lambda: any(trials.glob("*/summary.json")), "a trial's end")
+    urgent = slurm.run("sbatch", "--parsable", "-phigh", "-N2", "-c2", "-o/dev/null", "--wrap=true").strip()
+    run.until(lambda: slurm.job(urgent)["JobState"] == "COMPLETED", "the urgent job's end")
+    before = {path: path.stat().st_mtime for path in trials.glob("*/summary.json")}
+    assert run.until_over() == "COMPLETED", run.log()
+    assert "stopped by SIGUSR1, all saved" in run.log()
+    assert run.restarts == 1
+    assert len(list(trials.glob("*/summary.json"))) == 6 > len(before)
+    assert {path: path.stat().st_mtime for path in before} == before
+    assert "0.1" in (run.run_dir / "table.md").read_text()
+    assert run.tldist("logs", str(run.run_dir), "--follow")
+
+
 def test_what_slurm_refuses_leaves_nothing(slurm: Cluster) -> None:
     run = Submitted(slurm, "refused")
     with pytest.raises(AssertionError, match="Slurm refused the job"):

@@ -45,6 +45,19 @@ def test_what_it_is_told(tmp_path: Path) -> None:
     assert orders.after_step(NONE_SKIPPED, now=True) == Orders()
 
 
+def test_what_came_while_it_started_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch script, which forgot what is old by itself; a reason that has been answered goes there, too."""
+    monkeypatch.setenv("TLDIST_RUN_DIR", str(tmp_path))
+    for reason in ("SIGUSR1", control.MORE_PLACES):
+        control.ask_to_stop(tmp_path, reason)
+    control.forget_stop(tmp_path)
+    control.forget_stop(tmp_path, control.MORE_PLACES)
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["stop.SIGUSR1"]
+    monkeypatch.setenv("TLDIST_RUN_DIR", "/another")
+    control.forget_stop(tmp_path)
+    assert control.stop_reason(tmp_path) is None
+
+
 def test_an_old_checkpoint_calls_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

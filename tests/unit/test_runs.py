@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tldist.tracking import runlog
+from tldist_launcher import machine
 from tldist_launcher.cli import main
-from tldist_launcher.runs import Queued, first_step, job_of, state_of
+from tldist_launcher.runs import Queued, Watch, first_step, job_of, queue, state_of
 
 RUN = {"event": "run", "time": 1.0, "recipe": "folder", "epochs": 3, "steps_per_epoch": 2, "plan": [{}, {}]}
 ROWS: list[dict[str, Any]] = [
@@ -56,14 +59,59 @@ def test_states_of_jobs(tmp_path: Path) -> None:
     assert state_of(run, {"7": Queued("RUNNING", "None")}) == "running"
     note(run, restart=0, nodes="n[1-2]")
     assert state_of(run, {}) == "interrupted"
-    for code, state in ((2, "failed"), (143, "cancelled"), (75, "interrupted")):
+    for code, state in ((2, "failed"), (143, "cancelled"), (75, "interrupted"), (0, "done")):
         note(run, code=code)
         assert state_of(run, {}) == state
 
 
-def test_the_time_to_the_first_step(tmp_path: Path) -> None:
+def test_a_run_that_is_submitted_again_is_the_new_job(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    assert first_step(run) == ""
+    note(run, code=0)
+    (run / "submit.json").write_text(json.dumps({"job": "9", "time": 6.0}))
+    assert state_of(run, {"9": Queued("PENDING", "Priority")}) == "pending (Priority)"
+    assert state_of(run, {}) == "interrupted"
+
+
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Gives `squeue` a body."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+
+    def be(body: str) -> None:
+        (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "bin" / "squeue").chmod(0o755)
+
+    return be
+
+
+def test_a_queue_that_does_not_answer_is_not_empty(
+    tmp_path: Path, squeue: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose job it may hold is not called interrupted, and is followed on."""
+    run = make_run(tmp_path / "run")
+    note(run, restart=0, nodes="n1")
+    squeue("echo '7|7|RUNNING|None'")
+    assert queue() == {"7": Queued("RUNNING", "None")}
+    monkeypatch.setattr(machine, "COMMAND_TIMEOUT_S", 0.2)
+    for body in ("echo 'slurm_load_jobs error' >&2; exit 1", "exec sleep 60"):
+        squeue(body)
+        assert queue() is None
+        assert state_of(run, queue()) == "unknown (squeue fails)"
+        assert Watch(run).is_under_way()
+    squeue("exit 0")
+    assert queue() == {}
+    assert not Watch(run).is_under_way()
+    assert state_of(make_run(tmp_path / "by hand"), None) == "interrupted"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert queue() == {}
+
+
+def test_the_time_to_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.delattr(runlog, "read")  # nothing is read where nothing was submitted
+        assert first_step(run) == ""
     (run / "submit.json").write_text(json.dumps({"job": "7", "time": 1.5}))
     note(run, restart=0, nodes="n1")
     assert first_step(run) == "step 2 was done 11.0 s after the submission: 3.5 s in the queue, 7.5 s to start"
@@ -97,12 +145,21 @@ def test_logs_of_a_run_started_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
 def test_logs_of_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What its jobs printed, the earlier one first."""
     run = make_run(tmp_path / "run")
-    note(run, restart=0, nodes="n1")
+    (run / "submit.json").write_text(json.dumps({"job": "7", "time": 1.0}))
     for age, name in ((1, "slurm-2.log"), (9, "slurm-1.log")):
         (run / "logs" / name).write_text(f"of {name}\n")
         os.utime(run / "logs" / name, (time.time() - age, time.time() - age))
     assert main(["logs", str(run)]) == 0
     assert capsys.readouterr().out == "of slurm-1.log\nof slurm-2.log\n"
+
+
+def test_logs_of_a_batch_script_submitted_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its output is where its user wanted it: the run's own log is shown."""
+    run = make_run(tmp_path / "run")
+    note(run, restart=0, nodes="n1")
+    note(run, code=1)
+    assert main(["logs", str(run)]) == 0
+    assert "val 0.750" in capsys.readouterr().out
 
 
 def test_logs_wants_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tldist import config
 from tldist.config import UserError
 from tldist_launcher.arguments import flag_types
 from tldist_launcher.cli import main
 from tldist_launcher.slurm import array_numbers, parse_submit, render, script, seconds_of
+from tldist_launcher.study import resolved
+from tldist_launcher.study_file import read_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())
@@ -51,7 +57,7 @@ def sbatch_options(text: str) -> list[str]:
 def variables(text: str) -> dict[str, str]:
     """As bash reads the settings, which stand before the first line that does something."""
     settings = text.split("set -uo pipefail\n")[1].split("\nlogs=")[0]
-    names = ("run_dir", "scripts", "bin", "code", "places", "requeues", "container")
+    names = ("run_dir", "scripts", "bin", "code", "places", "requeues", "container", "study")
     ask = "\n".join(f'printf "%s\\n" {name}="${{{name}[*]}}"' for name in names)
     told = subprocess.run(["bash", "-c", f"{settings}\n{ask}"], capture_output=True, text=True, check=True).stdout
     return dict(line.split("=", 1) for line in told.splitlines())
@@ -59,7 +65,7 @@ def variables(text: str) -> dict[str, str]:
 
 def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--nodes 4 --gpus-per-node 8 --cpus-per-node 96 --time 4:00:00 --partition gpu --account us --qos high"
-    more = ["--constraint", "h100&ib", "--sbatch=--exclusive --mail-type=FAIL"]
+    more = ["--constraint", "h100&ib", "--sbatch=--exclusive --comment='my job'"]
     text = dry_run(photos, capsys, *words.split(), *more)
     assert sbatch_options(text) == [
         "--job-name=folder-partial",
@@ -78,7 +84,7 @@ def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[st
         "--qos=high",
         "--constraint='h100&ib'",
         "--exclusive",
-        "--mail-type=FAIL",
+        "'--comment=my job'",
     ]
     told = variables(text)
     assert (told["run_dir"], told["places"], told["requeues"], told["container"]) == ("/shared/runs/a", "8", "20", "")
@@ -87,6 +93,15 @@ def test_four_nodes_of_eight_gpus(photos: Path, capsys: pytest.CaptureFixture[st
     assert (Path(told["bin"]) / "python").exists()
     assert text.splitlines()[1].startswith("# tldist submit folder --model.weights none")
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_no_node_is_left_with_one_core(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is what sbatch gives where nothing is said."""
+    assert "--cpus-per-task=32" in sbatch_options(dry_run(photos, capsys, "--gpus-per-node", "4"))
+    assert "--exclusive" in sbatch_options(dry_run(photos, capsys))
+    asked = sbatch_options(dry_run(photos, capsys, "--cpus-per-node", "6"))
+    assert "--cpus-per-task=6" in asked
+    assert "--exclusive" not in asked
 
 
 def test_in_a_container(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +114,13 @@ def test_in_a_container(photos: Path, capsys: pytest.CaptureFixture[str]) -> Non
         f"--container-mounts=/shared/runs/a:/shared/runs/a,{photos}:{photos},/tmp:/tmp,/scratch:/scratch",
         "--container-workdir=/shared/runs/a/code",
     ]
+
+
+def test_a_container_sees_the_earlier_tasks_of_ewc(photos: Path) -> None:
+    job, _ = parse_submit([*RUN, "--data.root", str(photos), "--container", "image"])
+    optim = replace(job.settings.optim, ewc=1.0, ewc_from=("/runs/first", "/runs/second"))
+    text = script(replace(job, settings=replace(job.settings, optim=optim)), Path("/shared/a"))
+    assert ",/runs/first:/runs/first,/runs/second:/runs/second" in variables(text)["container"]
 
 
 def test_an_array_is_a_run_for_each_seed(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +183,103 @@ def test_without_slurm_it_says_so(
     assert main(["submit", *RUN, "--data.root", str(photos), "--run-dir", str(tmp_path / "run")]) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for runs, where sbatch takes every job as number 7."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    return tmp_path / "my runs"
+
+
+def test_what_is_printed_can_be_typed(photos: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(name: str, *words: str) -> list[list[str]]:
+        run_dir = ["--run-dir", str(sbatch / name)]
+        assert main(["submit", *RUN, "--data.root", str(photos), *run_dir, *words]) == 0
+        return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()][2:]
+
+    assert said("a") == [["tldist", "logs", str(sbatch / "a"), "--follow"], ["scancel", "7"]]
+    assert said("b", "--array", "0-1") == [["tldist", "runs", str(sbatch / "b")], ["scancel", "7"]]
+
+
+STUDY = """
+recipe: folder
+flags: {model.weights: none, data.batch_size: 32}
+grid:
+  strategy.name: [full, partial]
+  images:
+    ours: {data.root: ours}
+    others: {data.root: others}
+seeds: 5
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study's file, whose paths are relative to the folder that one is in."""
+    (tmp_path / "here").mkdir()
+    for name in ("ours", "others"):
+        (tmp_path / "here" / name).symlink_to(photos)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "which.yaml").write_text(STUDY)
+    return tmp_path / "which.yaml"
+
+
+def test_a_study_is_one_job(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the cores of whole nodes to share out, and all that its trials read."""
+    words = (
+        "--nodes 2 --gpus-per-node 4 --workers 4 --gpus-per-trial 0.5 --cache.dir cached --container image --dry-run"
+    )
+    assert main(["submit", "--study", str(study), *words.split()]) == 0
+    text, here = capsys.readouterr().out, Path.cwd()
+    told = variables(text)
+    assert told["run_dir"] == f"{here}/studies/which"
+    assert told["study"] == f"{here}/studies/which/code/which.yaml --workers 4 --gpus-per-trial 0.5"
+    mounts = told["container"].split()[1].partition("=")[2].split(",")
+    assert {f"{here}/{name}:{here}/{name}" for name in ("ours", "others", "cached")} < set(mounts)
+    assert "places=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE} " in text
+    assert {"--job-name=study-which", "--nodes=2", "--cpus-per-task=32"} <= set(sbatch_options(text))
+    assert not (here / "studies").exists()
+
+
+def test_a_study_is_submitted_as_it_was_read(study: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once more, too, but not while a job is at it; what Slurm refuses leaves what was there."""
+    words = ["submit", "--study", str(study), "--dir", str(sbatch), "--data.image-size", "64"]
+    assert main([*words, "--array", "0-1"]) == 2
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (sbatch.parent / "bin" / "squeue").chmod(0o755)
+    assert main(words) == 0
+    assert (sbatch / "code" / "tldist" / "fit.py").exists()
+    again = read_file(sbatch / "code" / "which.yaml", [], sbatch)
+    assert again == resolved(read_file(study, ["--data.image-size", "64"], sbatch))
+    assert again.axes[1].choices["others"] == {"data.root": str(Path.cwd() / "others")}
+    (sbatch / "trials" / "mine").touch()
+    assert main(words) == 0
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\necho '7|7|PENDING|Priority'\n")
+    assert main(words) == 2
+    assert "job 7 is at" in capsys.readouterr().err
+    (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\n")
+    (sbatch.parent / "bin" / "sbatch").write_text("#!/bin/sh\nexit 1\n")
+    assert main(words) == 2
+    assert (sbatch / "trials" / "mine").exists()
+    assert main([*words[:4], str(sbatch.parent / "new"), *words[5:]]) == 2
+    assert not (sbatch.parent / "new").exists()
+
+
+def test_the_runs_of_an_array_are_a_group(photos: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(name: str, *words: str) -> set[str]:
+        words = ("--array", "0-1", "--run-dir", str(sbatch / name), *words)
+        assert main(["submit", *RUN, "--data.root", str(photos), *words]) == 0
+        return {config.load(path).tracking.group for path in (sbatch / name).glob("seed-*/config.yaml")}
+
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    assert groups("a") == {"a"}
+    assert groups("b", "--tracking.group", "mine") == {"mine"}
+    monkeypatch.setenv("WANDB_RUN_GROUP", "ours")
+    assert groups("c") == {"ours"}
 
 
 @pytest.mark.parametrize(

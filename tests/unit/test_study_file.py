@@ -28,7 +28,7 @@ from tldist_launcher.study import (
     resolved,
     same_run,
 )
-from tldist_launcher.study_file import Study, find_study, named_studies, read_file
+from tldist_launcher.study_file import Study, find_study, named_studies, read_file, write_file
 from tldist_launcher.trial import run_job, write_json
 
 FLAGS = {
@@ -48,6 +48,11 @@ def written(folder: Path, photos: Path, **changes: Any) -> Path:
 
 def read(path: Path, *words: str, seeds: str = "") -> Study:
     return read_file(path, words, path.parent / "study", seeds)
+
+
+def written_again(study: Study, folder: Path) -> Study:
+    write_file(study, folder / study.file_name)
+    return read_file(folder / study.file_name, [], study.folder)
 
 
 def test_a_grid_is_every_combination_with_every_seed(photos: Path, tmp_path: Path) -> None:
@@ -86,8 +91,9 @@ def test_names_tell_values_apart_that_file_names_cannot(photos: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", named_studies())
-def test_named_studies_are_sound(name: str) -> None:
+def test_named_studies_are_sound(name: str, tmp_path: Path) -> None:
     study = read_file(find_study(name), ["--data.root", "/photos"], Path("/nowhere"))
+    assert written_again(study, tmp_path) == study
     assert len(study.grid()) == len(study.seeds) * len({tuple(job.labels.values()) for job in study.grid()})
     assert len(study.seeds) >= 3
 
@@ -115,6 +121,7 @@ def test_a_search_has_ranges(photos: Path, tmp_path: Path) -> None:
     assert job.name.startswith("search-base-lr=0.01235-epochs=2-partial-seed=0-".replace("base-lr", "base_lr"))
     assert job.name != near.name
     assert len(list(examples(study))) == 6
+    assert written_again(study, tmp_path) == study
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def test_a_box_has_the_bits_of_the_whole_image(tmp_path: Path, kind: str) -> Non
     picture().convert(mode).save(path, **options)
     whole = read_rgb(path)
     height, width = whole.shape[1:]
-    assert (height, width) == ((161, 123) if kind in ("turned 5", "turned 6", "turned 7", "turned 8", "PNG, turned") else (123, 161))
+    assert (height, width) == (
+        (161, 123) if kind in ("turned 5", "turned 6", "turned 7", "turned 8", "PNG, turned") else (123, 161)
+    )
     rng = np.random.default_rng(1)
     boxes = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)]
     for top, left in rng.integers(0, (height, width), (20, 2)).tolist():

@@ -69,7 +69,7 @@ def write(shown: Shown) -> Path:
             Fact("commit", str(same["commit"])[:8]),
             Fact("rounds", str(same["rounds"]), "all variants take turns in each"),
         ],
-        [*_sections(shown), Section("Flags and environment", table=Table([], rows))],
+        [*_sections(shown, ""), Section("Flags and environment", table=Table([], rows))],
     )
     return render(page, shown.path.with_suffix(".html"))
 
@@ -78,15 +78,15 @@ def write_all(found: Sequence[Shown], path: Path) -> Path:
     """One page of several results."""
     benches = list(dict.fromkeys(shown.result.bench for shown in found))
     facts = [Fact("benches", str(len(benches)), ", ".join(benches)), Fact("results", str(len(found)))]
-    sections = [section for shown in found for section in _sections(shown)]
+    sections = [section for shown in found for section in _sections(shown, f"{shown.ran}; {shown.versions}")]
     return render(Page("tldist's benchmarks", "The last run of each kind.", "", facts, sections), path)
 
 
-def _sections(shown: Shown) -> list[Section]:
-    """One for each table; the chart stands under the last."""
+def _sections(shown: Shown, ran: str) -> list[Section]:
+    """One for each table, `ran` under the first title; the chart stands under the last."""
     first, *more = shown.view.tables
     pictures = [shown.picture] if shown.picture else []
-    sections = [_section(first, f"{shown.ran}; {shown.versions}", [] if more else pictures, shown.result.bench)]
+    sections = [_section(first, ran, [] if more else pictures, shown.result.bench)]
     return sections + [_section(made, "", pictures if made is more[-1] else [], shown.result.bench) for made in more]
 
 

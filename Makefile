@@ -24,11 +24,12 @@ env: .venv/.installed
 demo: env
 	.venv/bin/tldist demo
 
+# A file's tests stay in one process; two of them fill two cores, because most tests wait or use one.
 test: env
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 long: env
-	TLDIST_LONG=1 .venv/bin/python -m pytest -q
+	TLDIST_LONG=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
 
 faults: env
 	.venv/bin/python tests/faults/harness.py

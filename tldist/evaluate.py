@@ -77,15 +77,8 @@ def evaluate(
     if not torch.equal(ids, expected):
         raise RuntimeError(f"evaluation saw {len(gathered)} images, not each of the {images} exactly once")
     _, labels, predicted, confidence, loss = gathered.unbind(1)
-    temperature = _temperature(seen, numbers.device)
+    temperature = fit_temperature(seen, numbers.device)
     return Evaluation(ids, labels.long(), predicted.long(), confidence, loss, temperature)
-
-
-def _temperature(seen: list[tuple[Tensor, Tensor]], device: torch.device) -> float:
-    """Fitted to all workers' images; this one may have seen none."""
-    logits = [logits_NC for logits_NC, _ in seen] or [torch.zeros(0, 1, device=device)]
-    labels = [labels_N for _, labels_N in seen] or [torch.zeros(0, dtype=torch.long, device=device)]
-    return fit_temperature(torch.cat(logits), torch.cat(labels))
 
 
 def predictions(evaluation: Evaluation, split: Split, classes: tuple[str, ...], samples: int = 24) -> dict[str, Any]:

@@ -141,8 +141,8 @@ def _write(trained: Trained, path: Path, kind: str, preprocess: bool) -> None:
     with _quiet():
         if kind == "torch_export":
             program = torch.export.export(module, (example,), dynamic_shapes=(open_dims,))
-            texts = {CARD: trained.card.to_json(), IMAGES: "inside" if preprocess else "outside"}
-            torch.export.save(program, path, extra_files=texts)
+            about = description(trained.card, preprocess) | {IMAGES: "inside" if preprocess else "outside"}
+            torch.export.save(program, path, extra_files=about)
             return
         written: Any = torch.onnx.export(
             module,
@@ -154,7 +154,7 @@ def _write(trained: Trained, path: Path, kind: str, preprocess: bool) -> None:
             output_names=list(OUTPUTS),
             verbose=False,
         )
-        written.model.metadata_props.update(description(trained.card, preprocess))
+        written.model.metadata_props.update(description(trained.card, preprocess) | {"opset": str(OPSET)})
         written.save(path, external_data=False)
 
 
@@ -188,7 +188,6 @@ def description(card: Card, preprocess: bool) -> dict[str, str]:
         "preprocessing": steps,
         "preprocessing_inside": inside,
         "backbone": card.model,
-        "opset": OPSET,
         "weights_sha256": card.weights_sha256,
         "tldist_version": tldist.__version__,
     }

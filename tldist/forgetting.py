@@ -42,7 +42,7 @@ class Task:
         data, device = self.settings.data, next(self.model.parameters()).device
         worker = Worker(dist.rank(), dist.world_size())
         share = max(1, data.batch_size // worker.world_size)
-        loader = open_loader(data, AugmentSpec(), share, device)
+        loader = open_loader(data, AugmentSpec(), share, device, in_shards=split.members is not None)
         try:
             yield from loader.batches(eval_batches(split, data.image_size, share, worker))
         finally:

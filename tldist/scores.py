@@ -17,6 +17,8 @@ from torchmetrics.functional.classification import (
 from tldist.calibration import fit_temperature
 from tldist.trained import Classifier, Judged
 
+BATCH = 1024
+"""Images whose logits are looked at together in fp64."""
 BINS = 15
 """Of the expected calibration error, as in Guo et al. (2017)."""
 
@@ -87,7 +89,9 @@ def scores(logits_NC: Tensor, labels_N: Tensor, classes: tuple[str, ...], temper
         ece=_ece(before, labels_N),
         ece_calibrated=_ece(after, labels_N),
         temperature=temperature,
-        best_temperature=fit_temperature(logits_NC, labels_N),
+        best_temperature=fit_temperature(
+            list(zip(logits_NC.split(BATCH), labels_N.split(BATCH), strict=True)), logits_NC.device
+        ),
         classes=each,
     )
 

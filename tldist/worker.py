@@ -26,6 +26,7 @@ from tldist.data.index import Index, Split, build_index, load_index, save_index,
 from tldist.data.loader import Loader, Read, open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import AugmentSpec, augment_spec
+from tldist.data.verify import Progress
 from tldist.engine import engine_kind, numerics
 from tldist.fisher import ewc
 from tldist.fit import FitResult, fit, speed
@@ -255,13 +256,16 @@ def shared_index(settings: RunConfig) -> Index:
     return load_index(path)
 
 
-def data_index(settings: RunConfig) -> Index:
-    """The images the config asks for. Raises UserError, also for a batch that is larger than the training set."""
-    shown = DOMAINS.get(settings.strategy.name)
+def data_index(settings: RunConfig, progress: Progress | None = None) -> Index:
+    """The images the config asks for; `progress` is called now and then while files are being verified.
+
+    Raises UserError, also for a batch that is larger than the training set.
+    """
+    data, shown = settings.data, DOMAINS.get(settings.strategy.name)
     if shown is None:
-        index = build_index(settings.data.root, settings.data.classes)
+        index = build_index(data.root, data.classes, progress)
     else:
-        index = build_domains(settings.data.root, shown, settings.data.classes)
+        index = build_domains(data.root, shown, data.classes, progress)
     bad = [item for item in index.skipped if item.is_bad_image]
     if bad and settings.data.on_bad_image == "error":
         raise UserError(

@@ -18,7 +18,7 @@ from tldist import dist, plots
 from tldist.config import ModelName, UserError
 from tldist.engine.base import HeldBytes
 from tldist.objectives.base import StepOutput
-from tldist_benchmarks import harness, results
+from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.harness import Measured, Series, show
 from tldist_benchmarks.phase import Phase, Training, check_training
 from tldist_benchmarks.pool import build_run, draw_pool
@@ -171,7 +171,7 @@ def run(settings: Settings) -> None:
         measured = measure(group, s.rounds)
     result, path = results.write(f"engines-{s.model}", s, facts, measured)
     results.write_json(s.json, result, rows(result.variants))
-    results.show(view(result), path)
+    page.show(result, view(result), path)
 
 
 def bench(words: Sequence[str]) -> int:

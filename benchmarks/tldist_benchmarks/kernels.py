@@ -360,7 +360,8 @@ class Settings:
 
 
 def view(result: Result) -> View:
-    """A row per case and variant."""
+    """A row per case and variant; bars of each op against the compiled reference."""
+    from tldist import plots
     from tldist_benchmarks import results
 
     found = rows({name: {m: s.values for m, s in metrics.items()} for name, metrics in result.variants.items()})
@@ -374,12 +375,18 @@ def view(result: Result) -> View:
         numbers = (row["host_us"], row["gb_per_s"], row["share_of_copy"], over)
         label = f"{row['op']}, {row['case']}, {row['variant']}"
         made.add_row(label, results.shown(row["median_us"]), spread, *map(results.shown, numbers))
-    return results.View([made])
+    bars = {
+        case.replace("/", ", "): ratio
+        for case, of_case in compared.items()
+        for name, ratio in of_case.items()
+        if name.startswith("compiled_over_")
+    }
+    return results.View([made], plots.bars("Time of the compiled reference, times the op's own", bars, results.shown))
 
 
 def bench(words: Sequence[str]) -> int:
     """The command. Raises UserError."""
-    from tldist_benchmarks import harness, results
+    from tldist_benchmarks import harness, page, results
 
     def run(settings: Settings) -> None:
         facts = harness.facts(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -391,7 +398,7 @@ def bench(words: Sequence[str]) -> int:
         result, path = results.write("kernels", settings, facts, measured, triton=triton)
         found = rows({name: {m: s.values for m, s in metrics.items()} for name, metrics in measured.items()})
         results.write_json(settings.json, result, found, compared=ratios(found))
-        results.show(view(result), path)
+        page.show(result, view(result), path)
 
     return harness.command(words, Settings, "kernels", __doc__ or "", run)
 

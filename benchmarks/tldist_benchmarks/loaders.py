@@ -35,7 +35,7 @@ from tldist.data.sharding import encode
 from tldist.data.verify import num_workers, strict_pillow, verify
 from tldist.inputs import to_input
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness, results
+from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.harness import Measured, Series, Turn, synchronize
 from tldist_benchmarks.results import Result, View, shown
 
@@ -191,9 +191,14 @@ def shrunk(root: Path, split: Split, folder: Path) -> Split:
     return _split({f"{i:06d}.jpg": image.size for i, image in enumerate(made)})
 
 
-def variants(settings: Settings, folder: Path, device: torch.device) -> dict[str, Turn]:
+def facts_of(root: Path, split: Split) -> dict[str, Any]:
+    """What tells one folder of photos from another: speeds on two of them are not compared."""
+    num_bytes = [(root / path).stat().st_size for path in split.paths]
+    return {"photos": len(split), "photo_kb": round(sum(num_bytes) / len(num_bytes) / 1000, 1)}
+
+
+def variants(root: Path, split: Split, settings: Settings, folder: Path, device: torch.device) -> dict[str, Turn]:
     """Every loader on the photos as they are, and as JPEGs of 256 pixels; the pixel cache; the decoder alone."""
-    root, split = photos(settings.data)
     (small := folder / "small").mkdir()
     found: dict[str, Turn] = {}
     for place, of, name in ((root, split, ""), (small, shrunk(root, split, small), f"_{SMALL_PX}")):
@@ -270,13 +275,15 @@ def run(settings: Settings) -> None:
     device = dist.local_device()
     keep_freed_memory()  # as a run's worker does; the usual loaders work in processes of their own
     with tempfile.TemporaryDirectory(prefix="tldist-bench-") as folder, harness.worker_threads():
-        turns = variants(settings, Path(folder), device)
+        root, split = photos(settings.data)
+        turns = variants(root, split, settings, Path(folder), device)
         measured = harness.take_turns(turns, settings.rounds, harness.show)
         measured = {**measured, results.RATIOS: ratios(measured)}
         dtype = str(DTYPE).removeprefix("torch.")
-        result, path = results.write("loaders", settings, harness.facts(device), measured, dtype=dtype)
+        told = facts_of(root, split)
+        result, path = results.write("loaders", settings, harness.facts(device), measured, dtype=dtype, **told)
         results.write_json(settings.json, result, rows(result.variants, dist.cores()))
-        results.show(view(result), path)
+        page.show(result, view(result), path)
 
 
 def bench(words: Sequence[str]) -> int:

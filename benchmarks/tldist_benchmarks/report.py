@@ -1,6 +1,7 @@
 """Tables and charts of all results, written into docs/benchmarks.md.
 
-`tldist bench report` reads the CSVs, draws a chart beside each, and writes the tables between the markers
+`tldist bench report` reads the CSVs, draws a chart beside each, writes a page of all of them, report.html, into their
+folder, and the tables between the markers
 
     <!-- results of NAME -->
     <!-- end of results -->
@@ -12,15 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from tldist import plots
 from tldist.config import UserError
-from tldist_benchmarks import engines, harness, kernels, loaders, results, scaling_view, strategies
+from tldist_benchmarks import engines, harness, kernels, loaders, page, results, scaling_view, strategies
+from tldist_benchmarks.page import Shown
 from tldist_benchmarks.results import Result, View
 
 VIEWS: Mapping[str, Callable[[Result], View]] = {
@@ -39,36 +40,36 @@ class Settings:
     """The flags of `tldist bench report`."""
 
     results: str = "benchmarks/results"
-    """Folder of the CSVs; charts are drawn beside them."""
+    """Folder of the CSVs; charts are drawn beside them, and report.html."""
     document: str = "docs/benchmarks.md"
     """What the tables are written into."""
 
 
-def render(folder: Path, document: Path) -> dict[str, str]:
-    """Each bench's part of the document: of every CSV the last run of each kind, newest files first.
-
-    The last run of a CSV is drawn. Raises UserError.
-    """
-    parts: dict[str, list[str]] = {}
+def look(folder: Path) -> Iterator[Shown]:
+    """Of every CSV the last run of each kind, newest files first; the last run of a CSV is drawn. Raises UserError."""
     for path in sorted(folder.glob("*.csv"), reverse=True):
         runs = results.read_csv(path)
         for result in results.latest(runs):
             if result.bench not in VIEWS:
                 raise UserError(f"{path} is of a bench '{result.bench}' that has no view: {', '.join(VIEWS)} have")
-            parts.setdefault(result.bench, []).append(_part(result, path, document, draw=result is runs[-1]))
-    return {bench: "\n\n".join(found) for bench, found in parts.items()}
+            view = VIEWS[result.bench](result)
+            yield page.draw(result, view, path) if result is runs[-1] else Shown(result, view, path)
 
 
-def _part(result: Result, path: Path, document: Path, draw: bool) -> str:
-    view, same = VIEWS[result.bench](result), result.same
-    ran = f"{same['started'].replace('T', ' ')}, {same['hardware']}, {same['cores']} cores, {same['threads']} threads"
-    versions = f"torch {same['torch']}, commit {str(same['commit'])[:8]}, {same['rounds']} rounds"
-    lines = [f"{ran}; {versions} ([rows]({_link(path, document)})).", *map(markdown, view.tables)]
-    if view.chart is not None and draw:
-        chart = path.with_suffix(".png")
-        plots.png(view.chart, chart)
-        width = plots.width_px(view.chart)
-        lines.append(f'<img src="{_link(chart, document)}" alt="{result.bench}: {path.stem}" width="{width}">')
+def render(found: Sequence[Shown], document: Path) -> dict[str, str]:
+    """Each bench's part of the document."""
+    parts: dict[str, list[str]] = {}
+    for shown in found:
+        parts.setdefault(shown.result.bench, []).append(_part(shown, document))
+    return {bench: "\n\n".join(texts) for bench, texts in parts.items()}
+
+
+def _part(shown: Shown, document: Path) -> str:
+    rows = f"{shown.ran}; {shown.versions} ([rows]({_link(shown.path, document)}))."
+    lines = [rows, *map(markdown, shown.view.tables)]
+    if shown.picture is not None:
+        chart = _link(shown.path.with_suffix(".png"), document)
+        lines.append(f'<img src="{chart}" alt="{shown.picture.alt}" width="{shown.picture.width_px}">')
     return "\n\n".join(lines)
 
 
@@ -106,15 +107,18 @@ def run(settings: Settings) -> None:
     folder, document = Path(settings.results), Path(settings.document)
     if not document.is_file():
         raise UserError(f"there is no document {document}: name one with --document")
-    parts = render(folder, document)
-    if not parts:
+    if not (found := list(look(folder))):
         raise UserError(f"there is no CSV in {folder}: run a bench first, or name its folder with --results")
+    parts = render(found, document)
     text = before = document.read_text()
     for bench in VIEWS:
         if bench in parts:
             text = insert(text, bench, parts[bench])
     if text != before:
         document.write_text(text)
+    order = list(VIEWS)
+    found.sort(key=lambda shown: order.index(shown.result.bench))
+    print(f"page: {page.write_all(found, folder / 'report.html')}")
     print(f"{'written' if text != before else 'unchanged'}: {document} ({', '.join(parts)})")
 
 

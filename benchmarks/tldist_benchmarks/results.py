@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from tldist import plots
 from tldist.config import UserError
 from tldist_benchmarks.harness import Measured, Series
 
@@ -125,14 +124,6 @@ def write_json(path: str, result: Result, rows: Sequence[Mapping[str, Any]], **m
         rounds = {v: {m: list(s.values) for m, s in metrics.items()} for v, metrics in result.measured.items()}
         told = {"environment": result.same, "rows": rows, "ratios": medians, **more, "measured": rounds}
         Path(path).write_text(json.dumps(told, indent=1) + "\n")
-
-
-def show(view: View, path: Path) -> None:
-    """Tables to stdout, the chart beside the CSV at `path`."""
-    print_tables(*view.tables)
-    if view.chart is not None:
-        plots.png(view.chart, path.with_suffix(".png"))
-        print(f"chart: {path.with_suffix('.png')}")
 
 
 def append_csv(folder: Path, stem: str, result: Result) -> Path:

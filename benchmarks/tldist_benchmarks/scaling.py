@@ -18,7 +18,7 @@ import torch.distributed as td
 from tldist import dist
 from tldist.config import ModelName, StrategyName, UserError
 from tldist.objectives.base import StepOutput
-from tldist_benchmarks import harness, results, scaling_view
+from tldist_benchmarks import harness, page, results, scaling_view
 from tldist_benchmarks.cost_model import BUCKET_BYTES
 from tldist_benchmarks.harness import Measured, Series, show, synchronize
 from tldist_benchmarks.phase import Phase, Training, check_training
@@ -213,7 +213,7 @@ def run(settings: Settings, start: Start | None) -> None:
     result, path = results.write(f"scaling-{settings.model}", settings, facts, measured, **used)
     shown = scaling_view.points(result)
     results.write_json(settings.json, result, shown, extrapolated=scaling_view.extrapolated(result))
-    results.show(scaling_view.view(result), path)
+    page.show(result, scaling_view.view(result), path)
 
 
 def bench(words: Sequence[str], start: Start | None = None) -> int:

@@ -26,7 +26,7 @@ from tldist.flops import count_flops
 from tldist.inputs import to_input
 from tldist.prefix import Prefix
 from tldist.worker import keep_freed_memory
-from tldist_benchmarks import harness, results
+from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.ceiling import Ceiling
 from tldist_benchmarks.harness import Measured, Series, Turn, show, synchronize
 from tldist_benchmarks.phase import HEAD, PARTIAL, Phase, Training, check_training
@@ -314,7 +314,7 @@ def run(settings: Settings) -> None:
         used = {"optimizer": "adamw", "classes": CLASSES}
         result, path = results.write(f"strategies-{settings.model}", settings, harness.facts(device), measured, **used)
         results.write_json(settings.json, result, rows(result.variants))
-        results.show(view(result), path)
+        page.show(result, view(result), path)
 
 
 def bench(words: Sequence[str]) -> int:

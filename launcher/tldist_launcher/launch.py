@@ -26,6 +26,7 @@ from tldist.engine.base import numerics
 from tldist.rules import validate
 from tldist.tracking.console import Console, follow
 from tldist.watchdog import forget, hung
+from tldist_launcher.progress import bar
 
 
 def launch(settings: RunConfig, quiet: bool = False) -> Path:
@@ -178,7 +179,8 @@ def preflight(settings: RunConfig) -> Index:
     _check_deepspeed(settings)
     loader_kind(settings.data, dist.local_device())
     plan = worker.plan_of(settings)
-    index = worker.data_index(settings)
+    with bar("looking at images") as progress:
+        index = worker.data_index(settings, progress)
     if plan.pretrained:
         model = backbones.build(settings.model, len(index.classes), settings.data.image_size, settings.seed)
         worker.pull_of(settings.optim, model)

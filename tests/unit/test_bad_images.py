@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import write_images
 from tldist import config, worker
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig, UserError
-from tldist.data.bad_images import DecodeError
-from tldist.data.index import build_index, save_index
+from tldist.data.bad_images import BadImages, DecodeError
+from tldist.data.batches import Worker, eval_batches
+from tldist.data.dali import DaliLoader
+from tldist.data.index import build_index, load_index, save_index
+from tldist.data.presets import AugmentSpec
 from tldist_launcher.cli import main
 
 LOADERS = ("dali", "torchvision")
@@ -28,6 +33,21 @@ def encoded(fmt: str, mode: str = "RGB", size: tuple[int, int] = (60, 50), **opt
     image, buffer = Image.fromarray(noise).convert("L" if mode == "I;16" else mode), io.BytesIO()
     (image.convert("I").convert(mode) if mode == "I;16" else image).save(buffer, fmt, **options)
     return buffer.getvalue()
+
+
+def png_damaged(where: str) -> bytes:
+    """In the second of its pieces (IDAT): its name, its pixels, or its checksum alone."""
+    data = bytearray(encoded("PNG", size=(300, 300)))
+    name = data.index(b"IDAT", data.index(b"IDAT") + 4)
+    end = name + 4 + int.from_bytes(data[name - 4 : name], "big")
+    if where == "name":
+        data[name : name + 4] = b"\0\1\2\3"
+    elif where == "pixels":
+        data[name + 100 : name + 1100] = bytes(1000)
+        data[end : end + 4] = zlib.crc32(data[name:end]).to_bytes(4, "big")
+    else:
+        data[end : end + 4] = bytes(4)
+    return bytes(data)
 
 
 USABLE = {
@@ -43,6 +63,7 @@ BAD = {
     "empty.jpg": b"",
     "text.jpg": b"no image at all",
     "sixteen-bit.png": encoded("PNG", "I;16"),
+    **{f"damaged-{where}.png": png_damaged(where) for where in ("name", "pixels", "checksum")},
     "animated.gif": encoded("GIF", save_all=True, append_images=[Image.new("RGB", (60, 50))]),
 }
 
@@ -115,16 +136,19 @@ def test_the_command_line_says_so_in_one_sentence(
     assert f"bad images: {2 * len(BAD)}" in listed
 
 
-def broken_later(root: Path, run_dir: Path) -> tuple[Path, Path]:
-    """A run directory whose index was made while all was well; then one image of each split lost its end."""
+def broken_later(root: Path, run_dir: Path) -> tuple[Path, ...]:
+    """A run directory whose index was made while all was well; then one image of each split lost its end, and a PNG
+    was damaged further down."""
     for path in (path for path in root.rglob("*") if path.name in BAD):
         path.unlink()
+    (png := root / "train" / "dogs" / "later.png").write_bytes(encoded("PNG", size=(300, 300)))
     run_dir.mkdir()
     save_index(build_index(root), run_dir / "index.json")
     paths = root / "train" / "dogs" / "0003.jpg", root / "val" / "cats" / "0001.jpg"
     for path in paths:
         path.write_bytes(path.read_bytes()[:300])
-    return paths
+    png.write_bytes(png_damaged("pixels"))
+    return *paths, png
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -132,7 +156,7 @@ def test_what_breaks_later_is_left_out_under_skip(zoo: Path, tmp_path: Path, loa
     run_dir = tmp_path / "run"
     paths = broken_later(zoo, run_dir)
     summary, told = trained(zoo, run_dir, loader, "skip")
-    assert summary["skipped_images"] == 2
+    assert summary["skipped_images"] == 3
     assert told == Counter(str(path.relative_to(zoo)) for path in paths)
     shown = json.loads((run_dir / "predictions.json").read_text())["samples"]
     assert len(shown) == GOOD["val"] + len(USABLE) - 1
@@ -141,5 +165,27 @@ def test_what_breaks_later_is_left_out_under_skip(zoo: Path, tmp_path: Path, loa
 @pytest.mark.parametrize("loader", LOADERS)
 def test_what_breaks_later_is_named_under_error(zoo: Path, tmp_path: Path, loader: str) -> None:
     broken_later(zoo, tmp_path / "run")
-    with pytest.raises(DecodeError, match=r"train/dogs/0003\.jpg"):
+    with pytest.raises(DecodeError, match=r"train/dogs/(0003\.jpg|later\.png)"):
         trained(zoo, tmp_path / "run", loader, "error")
+
+
+def test_whatever_class_of_error_dali_raises_the_bad_image_is_left_out(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its operators also raise ValueError, IndexError and TypeError."""
+    bad = {str(path.relative_to(zoo)) for path in broken_later(zoo, tmp_path / "run")}
+    run = DaliLoader._run
+
+    def other_class(self: DaliLoader, pipeline: Any) -> Any:
+        try:
+            return run(self, pipeline)
+        except RuntimeError as error:
+            raise IndexError(str(error)) from error
+
+    monkeypatch.setattr(DaliLoader, "_run", other_class)
+    split, met = load_index(tmp_path / "run" / "index.json").train, BadImages(skip=True)
+    loader = DaliLoader(zoo, AugmentSpec(), 32, 4, 1, torch.device("cpu"), met)
+    shown = sum(len(batch.ids_N) for batch in loader.batches(eval_batches(split, 32, 4, Worker(0, 1))))
+    loader.close()
+    assert met.reasons.keys() == bad & set(split.paths)
+    assert shown == len(split) - len(met.reasons)

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import write_images
 
 from tldist.config import TrainingFailed, UserError
-from tldist_benchmarks import compare, kernels, report, results, scaling, scaling_view
+from tldist_benchmarks import compare, kernels, loaders, report, results, scaling, scaling_view
 from tldist_benchmarks.cost_model import AllReduce, Link, Work, all_reduce_s, fit_link, step_s
 from tldist_benchmarks.harness import Measured, Series
 from tldist_benchmarks.kernels import Case
@@ -253,6 +254,36 @@ def test_other_hardware_is_refused_unless_it_is_asked_for() -> None:
         changes(a, rounds({"ddp": [1.0]}, model="resnet18"), hardware="any")
 
 
+def test_loaders_on_other_photos_are_not_compared(tmp_path: Path) -> None:
+    """What they were measured on stands in the rows; earlier ones, without it, can still be read."""
+    told = []
+    for name, sides in (("few", (40, 40)), ("many", (40, 40, 80))):
+        write_images(tmp_path / name, {"a": len(sides)})
+        files = sorted((tmp_path / name).rglob("*.jpg"))
+        split = loaders._split({str(path.relative_to(tmp_path / name)): (48, 48) for path in files})
+        told.append(loaders.facts_of(tmp_path / name, split))
+        assert told[-1]["photos"] == len(sides)
+        assert told[-1]["photo_kb"] == pytest.approx(sum(p.stat().st_size for p in files) / len(files) / 1e3, abs=0.05)
+    a, b = (rounds({"dali": noisy(100, seed)}, bench="loaders", **facts) for seed, facts in enumerate(told))
+    with pytest.raises(UserError, match=r"different things \(photos 2 and 3"):
+        changes(a, b)
+    assert results.read_csv(ROOT / "benchmarks" / "results" / "loaders-2026-11-25.csv")
+
+
+def test_kernels_are_drawn_against_their_compiled_references() -> None:
+    us = {"copy": 10.0, "cpu": 20.0, "compiled": 30.0, "reference": 60.0}
+    measured = {
+        f"mix_normalize/none/{name}": {metric: Series((value,)) for metric, value in
+            (("us", time), ("host_us", time), ("bytes_moved", 1e6))}
+        for name, time in us.items()
+    }  # fmt: skip
+    view = kernels.view(Result(rounds({}).same, measured))
+    assert view.chart is not None
+    axes: Any = view.chart.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["mix_normalize, none"]
+    assert [bar.get_width() for bar in axes.containers[0].patches] == [1.5]
+
+
 def test_the_command_exits_with_one_where_something_got_worse(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,6 +354,10 @@ def test_the_report_fills_its_markers_keeps_the_prose_and_changes_nothing_twice(
     assert "| full | 2 | 125 | 128 | 0.800 | 0.798..0.802 | 1.600 |" in text
     assert 'src="results/scaling-resnet50-2026-11-25.png"' in text
     assert "## strategies: results\n<!-- results of strategies -->" in text
+    shown = (folder / "report.html").read_text()
+    assert "scaling: resnet50" in shown
+    assert '<td class="number">0.798..0.802</td>' in shown
+    assert shown.count('src="data:image/png;base64,') == len(pictures)
     assert {"scaling-resnet50-2026-11-25.png", "strategies-resnet50-2026-11-24.png"} <= pictures.keys()
     assert main(words) == 0
     assert document.read_text() == text

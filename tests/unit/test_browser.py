@@ -16,6 +16,7 @@ from synthetic_run import Shape
 
 from tldist.report import write_comparison, write_report
 from tldist.study_report import write_study
+from tldist_benchmarks import page, report, results
 
 LONG = tuple(f"a class with a rather long name, number {i}" for i in range(12))
 
@@ -34,12 +35,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     wide = synthetic_run.write(folder / "wide", Shape(classes=LONG), folder / "wide-data")
     arms = {f"{s}/{m}": (0.8 + 0.01 * len(m), 300.0) for s in ("partial", "full") for m in ("resnet50", "vit_b_16")}
     axes = {"strategy.name": ["partial", "full"], "model.name": ["resnet50", "vit_b_16"]}
+    strategies, loaders = (bench_result(folder / "results", name) for name in ("strategies-resnet50", "loaders"))
     return {
         "run": write_report(run, folder / "data"),
         "long names": write_report(wide, folder / "wide-data"),
         "comparison": write_comparison({"one": run, "two": wide}, folder / "both", "Two runs", "Side by side"),
         "study": write_study(synthetic_study.write(folder / "study", arms=arms, axes=axes)),
+        "bench": page.write(strategies),
+        "benches": page.write_all([strategies, loaders], folder / "results" / "report.html"),
     }
+
+
+def bench_result(folder: Path, name: str) -> page.Shown:
+    """A committed one, its chart drawn in `folder`."""
+    source = next((Path(__file__).parents[2] / "benchmarks" / "results").glob(f"{name}-*.csv"))
+    result = results.read_csv(source)[-1]
+    return page.draw(result, report.VIEWS[result.bench](result), folder / source.name)
 
 
 def assert_fine(seen: Seen, width_px: int) -> None:
@@ -52,7 +63,7 @@ def assert_fine(seen: Seen, width_px: int) -> None:
 
 
 @pytest.mark.parametrize("width_px", [390, 1280])
-@pytest.mark.parametrize("name", ["run", "long names", "comparison", "study"])
+@pytest.mark.parametrize("name", ["run", "long names", "comparison", "study", "bench", "benches"])
 def test_reports_show_whole(name: str, width_px: int, chromium: Browser, pages: dict[str, Path]) -> None:
     seen = chromium.look(pages[name], width_px)
     if folder := os.environ.get("TLDIST_SCREENSHOTS"):

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import run_ranks
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tldist import dist
-from tldist.calibration import HIGHEST, LOWEST, fit_temperature
-from tldist.scores import scores
+from tldist import calibration, dist
+from tldist.calibration import HIGHEST, LOWEST
+from tldist.engine import numerics
+from tldist.evaluate import evaluate
+from tldist.scores import BATCH, scores
+
+
+def fit_temperature(logits: Tensor, labels: Tensor, batch: int = BATCH) -> float:
+    batches = list(zip(logits.split(batch), labels.split(batch), strict=True))
+    return calibration.fit_temperature(batches, logits.device)
 
 
 def drawn(temperature: float, images: int = 4000, classes: int = 7) -> tuple[Tensor, Tensor]:
@@ -87,3 +97,33 @@ def test_scores() -> None:
     assert (told.classes[5].images, told.classes[5].recall, told.classes[5].precision) == (0, None, None)
     assert told.ece == told.ece_calibrated
     assert scores(logits[:, :5], labels, tuple("abcde"), None).top5 is None
+
+
+class LargestDouble(TorchDispatchMode):
+    """Elements of the largest fp64 tensor that was made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float64:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_no_more_than_a_batch_of_logits_is_cast_and_the_cut_changes_nothing() -> None:
+    """Of 50,000 images and 21,841 classes all would be 9 GB, and a Newton's step makes several of that."""
+    logits, labels = drawn(2.0)
+    with LargestDouble() as made:
+        found = fit_temperature(logits, labels, batch=100)
+    assert made.elements == 100 * 7
+    assert found == pytest.approx(fit_temperature(logits, labels, batch=4000), rel=1e-9)
+
+
+def test_an_evaluation_casts_batch_by_batch() -> None:
+    logits, labels = drawn(2.0, images=640, classes=70)
+    batches = [SimpleNamespace(ids_N=ids.numpy(), labels_N=labels[ids]) for ids in torch.arange(640).split(16)]
+    with LargestDouble() as made:
+        found = evaluate(lambda batch: logits[batch.ids_N], batches, 640, numerics("fp32", torch.device("cpu")))
+    assert made.elements <= 640 * 5  # a row of five numbers for each image
+    assert found.temperature == pytest.approx(fit_temperature(logits, labels), rel=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from tldist import config
 from tldist.config import RunConfig, UserError
 from tldist_launcher.arguments import flag_types, parse_run
 from tldist_launcher.cli import main
+from tldist_launcher.launch import preflight
 
 # The contract: scripts in the field rely on these names.
 FLAGS = """--strategy.name --engine.kind --launch.workers --model.name --model.weights --data.root --data.batch-size
@@ -330,3 +332,29 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "hymenoptera", "--help"])
     assert stop.value.code == 0
     assert "--data.batch-size" in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    """What is written to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_start_shows_how_far_it_has_looked_at_the_images(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twenty minutes of it for a million photos; a log file is spared."""
+    for name in ("NO_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    settings = parse_run(["folder", "--data.root", str(shutil.copytree(photos, tmp_path / "new")), *QUICK], "train")
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    index = preflight(settings)
+    images = len(index.train) + len(index.val)
+    assert "looking at images" in terminal.getvalue()
+    assert f"{images}/{images}" in terminal.getvalue()
+    monkeypatch.undo()
+    capsys.readouterr()
+    preflight(settings)
+    assert capsys.readouterr() == ("", "")

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as v2
 
 from tldist.data import decode
 from tldist.data.decode import read_box, read_rgb
+from tldist.data.verify import refusal, strict_pillow
 
 
 def picture() -> Image.Image:
@@ -36,6 +37,9 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "grey": ("L", "jpg", {}),
     "CMYK": ("CMYK", "jpg", {}),
     "PNG": ("RGB", "png", {}),
+    "PNG, turned": ("RGB", "png", turned(6)),
+    "PNG with alpha": ("RGBA", "png", {}),
+    "PNG with a palette": ("P", "png", {"transparency": bytes(range(256))}),
     "WebP": ("RGB", "webp", {"lossless": True}),
     "BMP": ("RGB", "bmp", {}),
 }
@@ -48,7 +52,9 @@ def test_a_box_has_the_bits_of_the_whole_image(tmp_path: Path, kind: str) -> Non
     picture().convert(mode).save(path, **options)
     whole = read_rgb(path)
     height, width = whole.shape[1:]
-    assert (height, width) == ((161, 123) if kind in ("turned 5", "turned 6", "turned 7", "turned 8") else (123, 161))
+    assert (height, width) == (
+        (161, 123) if kind in ("turned 5", "turned 6", "turned 7", "turned 8", "PNG, turned") else (123, 161)
+    )
     rng = np.random.default_rng(1)
     boxes = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)]
     for top, left in rng.integers(0, (height, width), (20, 2)).tolist():
@@ -85,6 +91,21 @@ def test_what_cannot_be_decoded_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(broken)
         with pytest.raises((RuntimeError, OSError, ValueError)):
             read_box(path, (100, 100, 20, 50))
+
+
+def test_what_verification_accepts_is_decoded_however_large(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    Image.new("1", (15_000, 12_500), 1).save(path := tmp_path / "large.bmp")  # Pillow's own limit is at 179 million
+    with strict_pillow():
+        assert not refusal(str(path))
+    assert read_box(path, (12_000, 14_000, 2, 3)).tolist() == [[[255] * 3] * 2] * 3
+    assert not recwarn.list
+
+
+def test_what_verification_calls_too_large_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture().save(path := tmp_path / "image.png")
+    monkeypatch.setattr("tldist.data.verify._MAX_PIXELS", 1000)
+    with pytest.raises(ValueError, match="too large: 161 x 123 pixels"):
+        read_rgb(path)
 
 
 def test_threads_decode_side_by_side(tmp_path: Path) -> None:

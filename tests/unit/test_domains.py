@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import write_images
 
-from tldist import backbones, checkpoint, config, worker
+from tldist import backbones, checkpoint, config, forgetting, worker
 from tldist.batchnorm import part_by_domain
 from tldist.config import (
     DataConfig,
@@ -246,6 +246,15 @@ class TestIndex:
         save_index(index, tmp_path / "index.json")
         loaded = load_index(tmp_path / "index.json")
         assert (loaded, loaded.target) == (index, index.target)
+
+    def test_a_finished_run_reads_them_from_shards_by_dali_too(self, domains: Path, tmp_path: Path) -> None:
+        """The root itself holds no tar: whether a split does, its own index says."""
+        shutil.copytree(domains / "source", tmp_path / "source")
+        write_shards(build_index(domains / "target"), tmp_path / "target")
+        index = build_domains(tmp_path, SHOWN)
+        data = DataConfig(root=str(tmp_path), image_size=32, batch_size=4, loader="dali", threads=1)
+        task = forgetting.Task(tmp_path, RunConfig(data=data), index, torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+        assert sum(len(batch.ids_N) for batch in task.loaded(index.val)) == len(index.val)
 
     def test_shards_and_folders_together(self, domains: Path, tmp_path: Path) -> None:
         """A target packed into shards: the same images, wherever their labels lie."""

@@ -82,6 +82,15 @@ def test_the_file_says_what_it_is(trained_run: Path, plain: Path, whole: Path) -
         assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
 
 
+def test_a_program_says_the_same_of_itself(program: Path, whole: Path) -> None:
+    of_onnx = {entry.key: entry.value for entry in onnx.load(whole).metadata_props}
+    del of_onnx["opset"]
+    told = dict.fromkeys(of_onnx, "")
+    torch.export.load(program, extra_files=told)
+    about = {key: value if isinstance(value, str) else value.decode() for key, value in told.items()}
+    assert about == of_onnx | {"images": "inside"}  # torch fills in all there are
+
+
 @pytest.mark.parametrize("images", [1, 5])
 def test_logits_are_the_models(trained_run: Path, plain: Path, whole: Path, images: int) -> None:
     """In batches of any size; from pixels of any size that was cut as evaluation cuts."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,6 +79,32 @@ def test_each_bad_file_is_named_and_the_rest_predicted(
     assert last.startswith("3 of 13 files in ")
     assert last.endswith(" images/s; 10 could not be read")
     assert main(["predict", str(trained_run), str(mixed / "b.png")]) == 0
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    trained_run: Path, mixed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is called like an image. Tests run as root, to whom no folder is closed."""
+    (named := mixed / "below" / "closed.jpg").mkdir()
+    (named / "x.jpg").write_text("not seen")
+    scandir, closed = os.scandir, {mixed / "below", named, mixed / "folder.jpg"}
+
+    def denied(path: str | Path) -> Any:
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    def problems(*paths: Path) -> dict[str, str]:
+        assert main(["predict", str(trained_run), *map(str, paths), "--json"]) == 1
+        return {row["path"]: row["problem"] for row in json.loads(capsys.readouterr().out)["unreadable"]}
+
+    monkeypatch.setattr(os, "scandir", denied)
+    reason = "cannot be read: Permission denied"
+    told = problems(mixed)
+    assert {told[str(folder)] for folder in (mixed / "below", mixed / "folder.jpg")} == {reason}
+    closed.remove(mixed / "below")
+    assert problems(mixed / "below") == {str(named): reason}
+    assert problems(named) == {str(named): reason}
 
 
 def test_json_and_csv(trained_run: Path, mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

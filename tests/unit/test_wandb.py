@@ -246,6 +246,16 @@ def test_a_run_that_goes_on_is_whole_and_has_each_step_once(tmp_path: Path) -> N
     assert [row["train/loss"] for row in history if "train/loss" in row] == [1 / step for step in range(1, 8)]
 
 
+def test_an_alert_on_another_worker_claims_no_more_than_is_known() -> None:
+    """It may have failed, which the launcher does not mend."""
+    alert = mirror._alert({"event": "error", "kind": "DistBackendError", "text": "closed by peer", "lost_peer": True})
+    assert alert is not None
+    assert alert["title"] == "tldist: another worker is gone"
+    assert "if its process was lost, the launcher starts the workers again" in alert["text"]
+    assert "if it failed, the run has ended" in alert["text"]
+    assert alert["text"].endswith("closed by peer")
+
+
 def test_a_run_that_failed_diverged_or_was_stopped_says_so(tmp_path: Path) -> None:
     for kind, exit_code in (("UserError", 1), ("ReplicasDiverged", 1), ("", mirror.STOPPED)):
         sink, _ = opened(tmp_path)

@@ -196,7 +196,7 @@ class DaliLoader:
         while True:
             try:
                 images = self._run(pipeline)
-            except RuntimeError as error:
+            except Exception as error:
                 # DALI neither names the file nor goes on: what it held is given to a new pipeline.
                 pipeline = self._start(itertools.chain(self._held_without_bad(error), plans))
                 continue
@@ -218,9 +218,9 @@ class DaliLoader:
                 pipeline = self._build()
         return pipeline
 
-    def _held_without_bad(self, error: RuntimeError) -> list[BatchPlan]:
+    def _held_without_bad(self, error: Exception) -> list[BatchPlan]:
         """The plans that a failed pipeline had taken, the first without its bad images. Raises DecodeError."""
-        if isinstance(error, DecodeError):
+        if isinstance(error, DecodeError) or not self._taken:
             raise error
         suspects = dict.fromkeys(range(len(self._taken[0].paths)), error)
         first = self.bad.without(self.root, self._taken[0], suspects, certain=False)

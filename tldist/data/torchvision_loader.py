@@ -80,7 +80,7 @@ class TorchvisionLoader:
                     write_square(images_NHWC[i], crop_CHW, bool(plan.views.flip_N[i]))
                 else:
                     images_NHWC[i] = show(crop_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0)
-            except (RuntimeError, OSError, ValueError) as error:
+            except Exception as error:  # whatever a decoder raises on damaged bytes
                 errors[i] = error
         return errors
 

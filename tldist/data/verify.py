@@ -39,12 +39,12 @@ class File(NamedTuple):
     mtime_ns: int
 
 
-VERSION = 1
+VERSION = 2
 """Of what is remembered; count up when the rules below change."""
 MAX_WORKERS = 32  # beyond it Pillow's Python part (0.05 ms a file, under the GIL) is the limit, not decoding
 _CHUNK = 64  # files per task: given out one by one, two threads were no faster than one
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _MODES = frozenset({"RGB", "RGBA", "L", "LA", "P", "1", "CMYK"})
 _TIFF_MODES = frozenset({"RGB", "RGBA", "L", "P", "CMYK"})  # DALI refuses 1-bit TIFFs and misreads grey with alpha
 _MAX_PIXELS = 2**28  # 0.8 GB as RGB: a 20,000 x 10,000 panorama passes, a bomb of 100,000 x 100,000 does not
@@ -80,7 +80,7 @@ def verify(path: str, data: bytes | None = None) -> Verdict:
     """Decode the file (or `data`, where it is part of one) in full. Safe in threads; strict only inside
     `strict_pillow()`."""
     try:
-        with Image.open(path if data is None else io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as image:
             return _refusal(image) or _decoded_size(image, path, data)
     except UnidentifiedImageError:
         return _unidentified(path, data)
@@ -93,7 +93,7 @@ def verify(path: str, data: bytes | None = None) -> Verdict:
 def refusal(path: str) -> str:
     """Why `verify` would refuse a file, as far as its header tells; empty where it is to be decoded."""
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return _refusal(image)
     except UnidentifiedImageError:
         return _unidentified(path, None)
@@ -121,8 +121,8 @@ def orientation(image: Image.Image) -> int:
 
 def _refusal(image: Image.Image) -> str:
     """Why this image is refused though its header is sound; empty when it is welcome."""
-    if image.width * image.height > _MAX_PIXELS:
-        return f"too large: {image.width} x {image.height} pixels (at most {_MAX_PIXELS // 10**6} million)"
+    if why := too_large(image):
+        return why
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1 and image.format != "MPO":
         return f"{num_frames} pictures in one {image.format} are not supported"
@@ -131,10 +131,19 @@ def _refusal(image: Image.Image) -> str:
     return ""
 
 
+def too_large(image: Image.Image) -> str:
+    """Why an image of which the header is read has too many pixels; empty where it has not."""
+    if image.width * image.height <= _MAX_PIXELS:
+        return ""
+    return f"too large: {image.width} x {image.height} pixels (at most {_MAX_PIXELS // 10**6} million)"
+
+
 def _decoded_size(image: Image.Image, path: str, data: bytes | None) -> Verdict:
     image.load()
-    if image.format == "PNG" and b"IEND" not in (Path(path).read_bytes() if data is None else data):
-        return _TRUNCATED  # all pixels are there and Pillow is content, DALI is not
+    if image.format == "PNG":
+        # Where all pixels are there Pillow is content; DALI also wants checksums to be right, and an end.
+        with Image.open(path if data is None else io.BytesIO(data), formats=FORMATS) as again:
+            again.verify()
     width, height = image.size
     return (width, height) if orientation(image) >= 5 else (height, width)
 

@@ -294,8 +294,11 @@ def _alert(event: Row) -> Row | None:
         text = f"best validation top-1 {wording.fraction(best)}, after {wording.duration(seconds)}"
         return {"title": "tldist: finished", "text": text, "level": "INFO"}
     if event.get("event") == "error" and event.get("lost_peer"):
-        text = f"{event.get('text')}; the launcher starts the workers again, as long as --launch.restarts allows"
-        return {"title": "tldist: lost a worker", "text": text[:1000], "level": "WARN"}
+        text = (
+            "if its process was lost, the launcher starts the workers again, as long as --launch.restarts allows; "
+            f"if it failed, the run has ended, and logs/ says of what. This worker saw: {event.get('text')}"
+        )
+        return {"title": "tldist: another worker is gone", "text": text[:1000], "level": "WARN"}
     if event.get("event") == "error":
         how = "diverged" if "Diverged" in str(event.get("kind")) else "failed"
         return {"title": f"tldist: {how}", "text": f"{event.get('kind')}: {event.get('text')}"[:1000], "level": "ERROR"}

@@ -17,7 +17,7 @@ from tldist.config import UserError
 from tldist_launcher.arguments import flag_types
 from tldist_launcher.cli import main
 from tldist_launcher.slurm import array_numbers, parse_submit, render, script, seconds_of
-from tldist_launcher.study import resolved
+from tldist_launcher.study import open_folder, resolved
 from tldist_launcher.study_file import read_file
 
 ROOT = Path(__file__).parents[2]
@@ -255,6 +255,7 @@ def test_a_study_is_submitted_as_it_was_read(study: Path, sbatch: Path, capsys: 
     assert (sbatch / "code" / "tldist" / "fit.py").exists()
     again = read_file(sbatch / "code" / "which.yaml", [], sbatch)
     assert again == resolved(read_file(study, ["--data.image-size", "64"], sbatch))
+    open_folder(again)  # the job finds the study that was submitted
     assert again.axes[1].choices["others"] == {"data.root": str(Path.cwd() / "others")}
     (sbatch / "trials" / "mine").touch()
     assert main(words) == 0

@@ -4,6 +4,9 @@ export PYTHON
 # With this set, as some sandboxes have it, each process compiles torch and Ray anew: 2x slower imports.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Two processes fill two cores: most tests use one. A file's tests stay together; the longest files come first.
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help env demo test long faults slurm lint clean
 
 help:
@@ -24,12 +27,11 @@ env: .venv/.installed
 demo: env
 	.venv/bin/tldist demo
 
-# A file's tests stay in one process; two of them fill two cores, because most tests wait or use one.
 test: env
-	.venv/bin/python -m pytest -q -n 2 --dist loadfile
+	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 long: env
-	TLDIST_LONG=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
+	TLDIST_LONG=1 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 faults: env
 	.venv/bin/python tests/faults/harness.py

@@ -74,7 +74,9 @@ def _show_shares(place: Path, found: Path, seconds: float) -> None:
         table.add_row(stage, f"{share:.1%}")
     console = Console(width=120)
     console.print(
-        f"Fisher information of {place}: {about['images']} images, labels {drawn}, {seconds:.0f} s", highlight=False
+        f"Fisher information of {place}: {about['images']} images, labels {drawn}, {seconds:.0f} s",
+        soft_wrap=True,
+        highlight=False,
     )
     console.print(table)
     console.print(f"written: {found / fisher.FILE}", soft_wrap=True, highlight=False)

@@ -99,8 +99,10 @@ def draw_views(
     else:
         box = random_boxes(sizes_N2, u[:, _CROP : _CROP + 22], spec.crop_area, spec.crop_ratio)
         resize, crop = np.full((n, 2), image_size), np.zeros((n, 2))
-    squares = np.full((n, 2), image_size)
-    erase = random_boxes(squares, u[:, _ERASE : _ERASE + 22], spec.erase_area, spec.erase_ratio, fallback=False)
+    erase = np.zeros((n, 4))
+    if spec.erase:
+        squares, of_boxes = np.full((n, 2), image_size), u[:, _ERASE : _ERASE + 22]
+        erase = random_boxes(squares, of_boxes, spec.erase_area, spec.erase_ratio, fallback=False)
     saturation = _around_one(u[:, _SATURATION], spec.saturation)
     low, high = spec.blur_sigma or (0.0, 0.0)
     op_NK, bin_NK, sign_NK = np.moveaxis(u[:, _POLICY:].reshape(n, spec.policy_ops, 3), 2, 0)

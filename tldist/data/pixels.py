@@ -90,7 +90,7 @@ class SplitPixels:
             torch.from_numpy(pixels_HWC).permute(2, 0, 1).copy_(self._decode(position, place))
             self._filled_N[position] = 1  # only now: another worker may be looking
         top, left, height, width = box
-        return torch.from_numpy(pixels_HWC[top : top + height, left : left + width]).permute(2, 0, 1)
+        return torch.from_numpy(pixels_HWC[top : top + height, left : left + width].transpose(2, 0, 1))
 
     def _decode(self, position: int, place: Place) -> Tensor:
         size, found = self.kept.sizes_N2[position].tolist(), self.found.sizes_N2[position].tolist()

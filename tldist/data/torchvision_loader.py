@@ -72,12 +72,12 @@ class TorchvisionLoader:
 
     def _load(self, plan: BatchPlan, rows: Iterable[int], images_NHWC: Tensor) -> _Errors:
         errors: _Errors = {}
-        ids_N, boxes_N4 = plan.ids_N.tolist(), plan.views.box_N4.tolist()
+        ids_N, boxes_N4, squares_NHWC = plan.ids_N.tolist(), plan.views.box_N4.tolist(), images_NHWC.numpy()
         for i in rows:
             try:
                 crop_CHW = self.read(ids_N[i], plan.place(self.root, i), boxes_N4[i])
                 if self.only_crops:
-                    write_square(images_NHWC[i], crop_CHW, bool(plan.views.flip_N[i]))
+                    write_square(squares_NHWC[i], crop_CHW, bool(plan.views.flip_N[i]))
                 else:
                     images_NHWC[i] = show(crop_CHW, plan.views[i], self.spec, self.image_size).permute(1, 2, 0)
             except Exception as error:  # whatever a decoder raises on damaged bytes
@@ -104,9 +104,9 @@ def show(crop_CHW: Tensor, view: Views, spec: AugmentSpec, size: int) -> Tensor:
         image = resized(crop_CHW, view.resize_N2[0].tolist())[:, top : top + size, left : left + size]
         image = v2.horizontal_flip(image) if flip else image
     else:
-        square_HWC = torch.empty((size, size, 3), dtype=torch.uint8)
+        square_HWC = np.empty((size, size, 3), dtype=np.uint8)
         write_square(square_HWC, crop_CHW, flip)
-        image = square_HWC.permute(2, 0, 1)
+        image = torch.from_numpy(square_HWC).permute(2, 0, 1)
     if spec.rotate_deg:
         image = v2.rotate(image, float(view.angle_N[0]), interpolation=InterpolationMode.BILINEAR)
     if spec.colour:
@@ -134,17 +134,23 @@ def evaluation_square(image_CHW: Tensor, size: int) -> Tensor:
     return v2.crop(evaluation_resized(image_CHW, size), top, left, size, size)
 
 
-def write_square(square_HWC: Tensor, crop_CHW: Tensor, flip: bool) -> None:
-    """An image resized with antialiasing to fill a square, mirrored where `flip` is: v2's bits, in few calls.
+def write_square(square_HWC: np.ndarray, crop_CHW: Tensor, flip: bool) -> None:
+    """An image resized with antialiasing to fill a square, mirrored where `flip` is: v2's bits, in two calls to torch.
 
-    Every call into torch gives the interpreter's lock away, and beside other threads may wait long to have it back.
+    Each gives the interpreter's lock away, and beside other threads may wait long to have it back; views of NumPy's
+    keep it.
     """
-    crop_HWC = crop_CHW.permute(1, 2, 0)
-    packed_HWC = crop_HWC.flip(1) if flip else crop_HWC.contiguous()
+    crop_HWC = crop_CHW.numpy().transpose(1, 2, 0)
+    # torch mirrors pixels of three bytes quickly, NumPy does not.
+    packed_HWC = torch.from_numpy(crop_HWC).flip(1).numpy() if flip else np.ascontiguousarray(crop_HWC)
     # What torch.nn.functional.interpolate calls, but that it has no `out`.
     torch._C._nn._upsample_bilinear2d_aa(  # pyright: ignore[reportAttributeAccessIssue]
-        packed_HWC.permute(2, 0, 1)[None], square_HWC.shape[:2], False, out=square_HWC.permute(2, 0, 1)[None]
+        _as_1CHW(packed_HWC), square_HWC.shape[:2], False, out=_as_1CHW(square_HWC)
     )
+
+
+def _as_1CHW(pixels_HWC: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels_HWC[None].transpose(0, 3, 1, 2))
 
 
 def resized(image_CHW: Tensor, size: list[int]) -> Tensor:

@@ -354,7 +354,11 @@ def conclude(study: Study) -> int:
         print(f"report: {report}")
     print(f"study: {study.folder}")
     if stopped and still:
-        raise Stopped(f"stopped by {stopped}, all saved, {still} trials are left: the same command goes on")
+        told = f"stopped by {stopped}, all saved, {still} trials are left: the same command goes on"
+        if stopped != BUDGET_SPENT:
+            raise Stopped(told)
+        print(told)
+        return 0  # 75 would make Slurm start it again, for as many hours
     if still:
         raise TrainingFailed(f"{_what_failed(study, log.trials)}; the same command tries again")
     return 0

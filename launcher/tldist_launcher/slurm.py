@@ -127,9 +127,11 @@ def submit(words: Sequence[str]) -> int:
     try:
         _fill(job, run_dir, facts)
         number = _sbatch(run_dir)
-    except BaseException:
+    except BaseException as error:
         if is_new:
             _clear(run_dir)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {run_dir}: {_why(error)}; make room, or choose another folder") from error
         raise
     for seed, folder in _folders(job, run_dir).items():
         _note_submission(folder, number if seed is None else f"{number}_{seed}", facts)
@@ -139,6 +141,11 @@ def submit(words: Sequence[str]) -> int:
     from tldist_launcher.runs import follow_run
 
     return follow_run(run_dir)
+
+
+def _why(error: OSError) -> str:
+    """A tree that was copied in part tells each file's reason."""
+    return error.args[0][0][2] if isinstance(error, shutil.Error) else error.strerror or str(error)
 
 
 def parse_submit(words: Sequence[str]) -> tuple[Job, set[str]]:

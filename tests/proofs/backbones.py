@@ -58,6 +58,11 @@ def trained_on(photos: Path, name: ModelName, size: int) -> Trained:
     if name.startswith(("resnet", "efficientnet")):
         for batch in batches:
             model(batch)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+            # Channels of a random network that hardly vary: an image that does move one gets a logit of 68, and ten
+            # thousand times the rounding errors of the others.
+            module.running_var.clamp_(min=1e-3)
     model.eval()
     *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))
     taken: list[Tensor] = []

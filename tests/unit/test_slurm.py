@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -203,6 +204,18 @@ def test_what_is_printed_can_be_typed(photos: Path, sbatch: Path, capsys: pytest
 
     assert said("a") == [["tldist", "logs", str(sbatch / "a"), "--follow"], ["scancel", "7"]]
     assert said("b", "--array", "0-1") == [["tldist", "runs", str(sbatch / "b")], ["scancel", "7"]]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    photos: Path, sbatch: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert main(["submit", *RUN, "--data.root", str(photos), "--run-dir", str(sbatch / "run")]) == 2
+    assert f"cannot write to {sbatch / 'run'}: [Errno 28] No space left on device; make room" in capsys.readouterr().err
+    assert not (sbatch / "run").exists()
 
 
 STUDY = """

@@ -3,7 +3,7 @@
     .venv/bin/python tests/proofs/backbones.py PHOTOS WORK [--size 96] [--only resnet18,vit_b_16] [--preprocessing]
 
 PHOTOS is the folder of ants and bees; minutes for all seven. Pre-trained weights need a download, so backbones start
-from random ones, with BatchNorm's statistics from real photos: without them logits are near 0, and torchvision's ViT
+from random ones, with BatchNorm's statistics from all photos: without them logits are near 0, and torchvision's ViT
 even starts with a head of zeros, for which any file is equal. The head is a logistic regression on 80 training photos.
 """
 
@@ -47,7 +47,7 @@ def shown(paths: list[Path], size: int) -> Tensor:
 
 @torch.no_grad()
 def trained_on(photos: Path, name: ModelName, size: int) -> Trained:
-    """Random weights, BatchNorm's statistics of 80 photos, and a head that was fitted to them."""
+    """Random weights, BatchNorm's statistics of all photos, and a head that was fitted to 80."""
     model = backbones.build(ModelConfig(name=name, weights="none"), 2, size, 0, pretrained=False).train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -56,12 +56,13 @@ def trained_on(photos: Path, name: ModelName, size: int) -> Trained:
     paths = [path for kind in CLASSES for path in sorted((photos / "train" / kind).glob("*.jpg"))[:40]]
     batches = [shown(paths[i::10], size) for i in range(10)]
     if name.startswith(("resnet", "efficientnet")):
-        for batch in batches:
-            model(batch)
+        everything = sorted(path for split in ("train", "val") for path in (photos / split).glob("*/*.jpg"))
+        for i in range(10):
+            model(shown(everything[i::10], size))
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
-            # Channels of a random network that hardly vary: an image that does move one gets a logit of 68, and ten
-            # thousand times the rounding errors of the others.
+            # Channels of a random network that hardly vary: an image that does move one, or that the statistics have
+            # not seen, gets a logit of 68 and more, and ten thousand times the rounding errors of the others.
             module.running_var.clamp_(min=1e-3)
     model.eval()
     *_, last = (module for module in model.modules() if isinstance(module, nn.Linear))

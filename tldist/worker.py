@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -465,11 +464,7 @@ def main() -> None:
             control.forget_stop(run_dir)
         with control.stopping_on_signals(run_dir):
             told = run(config.to_json(settings))
-        code = 75 if "stopped" in told else 0
-        if any(thread.name == "wandb-sink" for thread in threading.enumerate()):
-            sys.stdout.flush()
-            os._exit(code)  # W&B hangs, and so would its exit hook; all files are written
-        sys.exit(code)
+        sys.exit(75 if "stopped" in told else 0)
     except UserError as error:
         print(f"tldist: {error}", file=sys.stderr)
         sys.exit(2)

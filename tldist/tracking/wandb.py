@@ -142,10 +142,7 @@ class WandbSink:
         self._thread.join(patience_s if self._trouble is None else 1)
         if self._thread.is_alive():
             self._trouble = self._trouble or "it does not answer"
-            # Or W&B's own exit hook would wait for it for ever. Asking for a service that died may hang, too.
-            killer = threading.Thread(target=_kill_service, daemon=True)
-            killer.start()
-            killer.join(5)
+            _kill_service()  # or W&B's own exit hook would wait for it for ever
             self._thread.join(5)
         self._tell()
 

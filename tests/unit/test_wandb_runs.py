@@ -93,12 +93,16 @@ def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     return made
 
 
+@pytest.mark.parametrize("when", ["at its start", "under way"])
 def test_a_killed_wandb_core_changes_nothing_in_the_training(
-    photos: Path, tmp_path: Path, undisturbed: RunConfig
+    photos: Path, tmp_path: Path, undisturbed: RunConfig, when: str
 ) -> None:
+    """At its start: wandb.setup() would never return, and the run would wait for it after its last step."""
     made = settings(photos, tmp_path / "run")
     process = start(made)
-    until(lambda: bool(service_of(process)) and bool(rows(made, "train")))
+    until(lambda: bool(service_of(process)))
+    if when == "under way":
+        until(lambda: bool(list((tmp_path / "run" / "wandb").glob("*/*.wandb"))) and bool(rows(made, "train")))
     assert not rows(made, "end")
     os.kill(service_of(process)[0], signal.SIGKILL)
     assert ended(process) == (0, "")

@@ -361,7 +361,9 @@ def _init(mode: str, told: Mirrored, **more: Any) -> Any:
         x_label=told.label or None,
         **more,
     )
-    wandb.setup(wandb.Settings(silent=True))  # or the login is announced before `quiet` is read
+    # Or the login is announced before `quiet` is read. wandb.setup() would silence it, too, but it starts wandb-core
+    # under a lock that it takes once more where wandb-core dies at its start, and never returns (0.31).
+    os.environ.setdefault("WANDB_SILENT", "true")
     run = wandb.init(mode=mode, dir=str(told.run_dir.resolve()), settings=quiet, **told.settings())  # pyright: ignore[reportArgumentType]
     if more:
         return run
@@ -397,5 +399,5 @@ def _kill_service() -> None:
     with contextlib.suppress(Exception):
         from wandb.sdk import wandb_setup
 
-        service: Any = wandb_setup.singleton().ensure_service()
+        service: Any = wandb_setup.singleton().assert_service()
         service._proc._process.kill()

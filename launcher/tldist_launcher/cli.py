@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
     0 done, 1 the run failed (of predict: some files could not be read; of export: the file did not compute the same),
-    2 a mistake in what was asked, 75 stopped by a signal (or a study's hours) and saved: start it
-    again, a run with --resume (EX_TEMPFAIL of sysexits.h), 130 interrupted.
+    2 a mistake in what was asked, 75 stopped by a signal and saved: start it again, a run with --resume (EX_TEMPFAIL of
+    sysexits.h), 130 interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help", "help"}:

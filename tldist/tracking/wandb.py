@@ -296,7 +296,7 @@ def _alert(event: Row) -> Row | None:
     if event.get("event") == "error" and event.get("lost_peer"):
         text = (
             "if its process was lost, the launcher starts the workers again, as long as --launch.restarts allows; "
-            f"if it failed, the run has ended, and logs/ says of what. This worker saw: {event.get('text')}"
+            f"if it failed, the run has ended, and logs/ says why. This worker saw: {event.get('text')}"
         )
         return {"title": "tldist: another worker is gone", "text": text[:1000], "level": "WARN"}
     if event.get("event") == "error":

@@ -1,16 +1,27 @@
-"""A run on one GPU: every precision, both loaders, and a step that the host never waits in."""
+"""A run on one GPU: every precision, loader and engine, compiled and not, and a step that the host never waits in."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tldist import config, fit, worker
-from tldist.config import DataConfig, ModelConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
+from tldist import checkpoint, config, dist, fit, worker
+from tldist.config import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackingConfig,
+    TrainConfig,
+)
 from tldist.data.batches import Worker, train_batches
 from tldist.data.index import build_index
 from tldist.data.loader import loader_kind, open_loader
@@ -82,3 +93,112 @@ def test_dali_decodes_on_the_gpu_what_torchvision_decodes_on_the_cpu(photos: Pat
         assert all(batch.images_NHWC.is_cuda for batch in batches)
         shown.append(torch.cat([batch.images_NHWC for batch in batches]).float())
     assert (shown[0] - shown[1]).abs().mean() < 3
+
+
+# Where a run ends
+
+SGD = OptimConfig(name="sgd", base_lr=5e-3)
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"strategy": StrategyConfig(name="full")},
+    "gradual": {"strategy": StrategyConfig(name="gradual")},
+    "partial, in parts, averaged": {
+        "strategy": StrategyConfig(name="partial"),
+        "train": TrainConfig(epochs=3, precision="fp32", accumulate=2, ema=0.9),
+    },
+    "mmd": {"strategy": StrategyConfig(name="mmd"), "data": {"root": "../two_domains"}},
+    "dann": {"strategy": StrategyConfig(name="dann"), "data": {"root": "../two_domains"}},
+}
+
+
+@pytest.fixture
+def exact_fp32() -> Iterator[None]:
+    """Convolutions without TF32, whose 10 bits would hide a mistake."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def plain(photos: Path, run_dir: Path, case: dict[str, Any]) -> RunConfig:
+    """fp32, SGD, nothing mixed: what two devices, or two engines, can agree on."""
+    run_dir.mkdir()
+    data = {"root": ".", "batch_size": 8, "image_size": 64, "loader": "torchvision", **case.get("data", {})}
+    data["root"] = str(photos / data["root"])
+    base = RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(weights="none"),
+        data=DataConfig(**data),
+        optim=SGD,
+        train=TrainConfig(epochs=3, precision="fp32", batchnorm="eval"),
+        tracking=TrackingConfig(wandb="disabled"),
+    )
+    return replace(base, **{key: value for key, value in case.items() if key != "data"})
+
+
+def ended(made: RunConfig) -> dict[str, torch.Tensor]:
+    worker.run(config.to_json(made))
+    return checkpoint.read_weights(Path(made.run_dir) / "checkpoints" / "last")
+
+
+def compare(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    """All weights at once, so that a failure tells the largest difference."""
+    assert got.keys() == expected.keys()
+    floats = [name for name, tensor in expected.items() if tensor.is_floating_point()]
+    got_P, expected_P = (torch.cat([weights[name].flatten() for name in floats]) for weights in (got, expected))
+    torch.testing.assert_close(got_P, expected_P, rtol=0, atol=atol)
+
+
+@pytest.mark.usefixtures("exact_fp32", "two_domains")
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_ends_where_the_cpu_ends(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    on_gpu = ended(plain(photos, tmp_path / "gpu", CASES[name]))
+    monkeypatch.setattr(dist, "local_device", lambda: torch.device("cpu"))
+    compare(on_gpu, ended(plain(photos, tmp_path / "cpu", CASES[name])), atol=1e-4)
+
+
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", "zero3", "offload"])
+def test_every_engine_ends_where_one_process_ends(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """One rank over NCCL."""
+    if kind != "ddp":
+        pytest.importorskip("deepspeed")
+    engine = EngineConfig(kind="zero2", offload="optimizer") if kind == "offload" else EngineConfig(kind=kind)  # type: ignore[arg-type]
+    expected = ended(plain(photos, tmp_path / "single", CASES["gradual"]))
+    made_group = dist.join_alone(torch.device("cuda", 0))
+    try:
+        got = ended(replace(plain(photos, tmp_path / "run", CASES["gradual"]), engine=engine))
+    finally:
+        if made_group:
+            dist.close()
+    compare(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_zero_in_low_precision(photos: Path, tmp_path: Path, kind: str, precision: str) -> None:
+    pytest.importorskip("deepspeed")
+    made = settings(photos, tmp_path / "run", "torchvision", precision)
+    summary = worker.run(config.to_json(replace(made, engine=EngineConfig(kind=kind))))  # type: ignore[arg-type]
+    assert summary["phases"] == 3
+    assert summary["skipped_steps"] <= 10  # fp16 looks for its scale
+
+
+@pytest.mark.usefixtures("exact_fp32")
+@pytest.mark.parametrize("name", ["full", "gradual"])
+def test_a_compiled_run_ends_where_an_eager_one_ends(photos: Path, tmp_path: Path, name: str) -> None:
+    eager = plain(photos, tmp_path / "eager", CASES[name])
+    compiled = plain(photos, tmp_path / "compiled", CASES[name])
+    train = [replace(made.train, compile=mode) for made, mode in ((eager, "off"), (compiled, "on"))]
+    compare(ended(replace(compiled, train=train[1])), ended(replace(eager, train=train[0])), atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_run_repeats_to_the_bit(photos: Path, tmp_path: Path, compile: str) -> None:
+    """bf16, mixed, everything trains: what an interrupted run's exactness rests on."""
+    made = [settings(photos, tmp_path / name, "torchvision") for name in ("first", "again")]
+    first, again = (ended(replace(one, train=replace(one.train, compile=compile))) for one in made)  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())

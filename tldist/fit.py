@@ -298,6 +298,7 @@ def train_step(run: Run, live: LivePhase, step: int, batch: Any, factor: float) 
     generator = step_generator(run.numbers.device, run.config.seed, step, run.worker.rank)
     seed_default_generators(generator)
     kept = flat(live.moving) if live.moving else None
+    live.begin_step()
     mix = draw_mix(data, len(batch.labels_N), generator)
     targets = mixed_targets(batch.labels_N, mix, step / run.total_steps)
     if mix is not None and data.mix_at == "cut":

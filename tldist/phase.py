@@ -16,7 +16,7 @@ from tldist import dist
 from tldist.backbones import Segment, StagedModel
 from tldist.batchnorm import flat, moved_statistics, part_by_domain, set_modes, synchronise
 from tldist.checkpoint import Plateau, TrainState
-from tldist.engine import Engine, build_engine, compiles
+from tldist.engine import ENGINES, Engine, build_engine, compiles, engine_kind
 from tldist.flops import StepFlops, count_flops
 from tldist.inputs import Inputs, open_inputs, to_input
 from tldist.metrics import ThroughputClock, TrainMeter, reset_peak_memory
@@ -56,6 +56,11 @@ class LivePhase:
     def is_compiled(self) -> bool:
         """Is what trains compiled? Its first step then compiles."""
         return self.network._compiled_call_impl is not None
+
+    def begin_step(self) -> None:
+        """What CUDA graphs returned in earlier steps is no longer needed."""
+        if self.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()
 
     @contextmanager
     def threads(self, images: int) -> Iterator[None]:
@@ -220,7 +225,7 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
         return 0.0
     if device.type == "cuda" and compiles(run.config.engine):
-        network.compile(dynamic=False)
+        network.compile(dynamic=False, mode="reduce-overhead" if uses_graphs(run, flops) else "default")
     if prefix.is_empty:
         return 0.0
     side = run.config.data.image_size
@@ -232,6 +237,16 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
             raise
         run.log.write("notice", text=f"the frozen prefix could not be compiled and runs as it is: {_first_line(error)}")
         return 0.0
+
+
+GRAPHS_BELOW_FLOPS = 2e12
+"""A pass of fewer FLOPs is over on a GPU before the host has launched its kernels one by one."""
+
+
+def uses_graphs(run: Run, flops: StepFlops) -> bool:
+    """Is what trains replayed as CUDA graphs, once it is compiled? ZeRO moves weights about, which graphs forbid."""
+    pass_flops = (flops.forward + flops.backward) * run.pass_size
+    return engine_kind(run.config.engine, run.worker.world_size) in ENGINES and pass_flops < GRAPHS_BELOW_FLOPS
 
 
 def _compiling_pays(run: Run, phase: Phase, flops: StepFlops) -> bool:

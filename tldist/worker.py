@@ -58,6 +58,9 @@ def run(config_json: str) -> dict[str, Any]:
     device = dist.local_device()
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        # Some of cuDNN's algorithms add in an order of their own: a run would not repeat, nor resume, to the bit.
+        torch.backends.cudnn.deterministic = True
     settings = config.from_json(config_json)
     made_group = dist.init(device, settings.launch.hang_minutes)
     try:

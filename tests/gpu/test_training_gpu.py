@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tldist import checkpoint, config, dist, fit, worker
 from tldist.config import (
@@ -81,8 +83,16 @@ def test_the_host_never_waits_in_a_step(photos: Path, tmp_path: Path, monkeypatc
 
 @DALI
 @pytest.mark.parametrize("preset", ["none", "basic"])
-def test_dali_decodes_on_the_gpu_what_torchvision_decodes_on_the_cpu(photos: Path, preset: str) -> None:
-    """nvJPEG's chroma and rounding differ from libjpeg's: three levels of 255 on average."""
+def test_dali_decodes_on_the_gpu_what_torchvision_decodes_on_the_cpu(tmp_path: Path, preset: str) -> None:
+    """nvJPEG enlarges colour (4:2:0) without libjpeg's smoothing: on smooth pictures two levels of 255 on average, on
+    pixels of pure noise (sigma 40) five."""
+    for split, seed in (("train", 1), ("val", 2)):
+        rng = np.random.default_rng(seed)
+        for i in range(12):
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            (folder := tmp_path / split / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
+            coarse.resize((160, 120), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=92)
+    photos = tmp_path
     spec: AugmentSpec = PRESETS[preset]  # type: ignore[index]
     index, device = build_index(photos), torch.device("cuda", 0)
     plans = list(train_batches(index.train, spec, 64, 8, 0, 0, Worker(0, 1)))
@@ -92,7 +102,7 @@ def test_dali_decodes_on_the_gpu_what_torchvision_decodes_on_the_cpu(photos: Pat
         batches = list(open_loader(data, spec, 8, device).batches(plans))
         assert all(batch.images_NHWC.is_cuda for batch in batches)
         shown.append(torch.cat([batch.images_NHWC for batch in batches]).float())
-    assert (shown[0] - shown[1]).abs().mean() < 3
+    assert (shown[0] - shown[1]).abs().mean() < 2
 
 
 # Where a run ends
@@ -188,17 +198,36 @@ def test_zero_in_low_precision(photos: Path, tmp_path: Path, kind: str, precisio
 
 
 @pytest.mark.usefixtures("exact_fp32")
-@pytest.mark.parametrize("name", ["full", "gradual"])
-def test_a_compiled_run_ends_where_an_eager_one_ends(photos: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["single", "ddp", "zero2"])
+@pytest.mark.parametrize("name", ["full", "partial, in parts, averaged"])
+def test_a_compiled_run_ends_where_an_eager_one_ends(photos: Path, tmp_path: Path, name: str, kind: str) -> None:
+    """As CUDA graphs, but for ZeRO."""
+    if kind == "zero2":
+        pytest.importorskip("deepspeed")
     eager = plain(photos, tmp_path / "eager", CASES[name])
+    eager = replace(eager, train=replace(eager.train, compile="off", batchnorm="eval"))
     compiled = plain(photos, tmp_path / "compiled", CASES[name])
-    train = [replace(made.train, compile=mode) for made, mode in ((eager, "off"), (compiled, "on"))]
-    compare(ended(replace(compiled, train=train[1])), ended(replace(eager, train=train[0])), atol=1e-4)
+    compiled = replace(compiled, train=replace(eager.train, compile="on"), engine=EngineConfig(kind=kind))  # type: ignore[arg-type]
+    compare(ended(compiled), ended(eager), atol=1e-4)
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_a_run_repeats_to_the_bit(photos: Path, tmp_path: Path, compile: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "compile"),
+    [*((name, "off") for name in ("resnet18", "efficientnet_b0", "convnext_base", "vit_b_16")), ("resnet18", "on")],
+)
+def test_a_run_repeats_to_the_bit(photos: Path, tmp_path: Path, model: str, compile: str) -> None:
     """bf16, mixed, everything trains: what an interrupted run's exactness rests on."""
-    made = [settings(photos, tmp_path / name, "torchvision") for name in ("first", "again")]
-    first, again = (ended(replace(one, train=replace(one.train, compile=compile))) for one in made)  # type: ignore[arg-type]
-    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+
+    def run(name: str) -> dict[str, torch.Tensor]:
+        made = settings(photos, tmp_path / name, "torchvision")
+        return ended(
+            replace(
+                made,
+                model=ModelConfig(name=model, weights="none"),  # type: ignore[arg-type]
+                strategy=StrategyConfig(name="full"),
+                train=replace(made.train, compile=compile),  # type: ignore[arg-type]
+            )
+        )
+
+    first, again = run("first"), run("again")
+    assert [name for name, tensor in first.items() if not torch.equal(tensor, again[name])] == []

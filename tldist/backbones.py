@@ -112,7 +112,8 @@ class _Embed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         patches = self.conv_proj(x).flatten(2).transpose(1, 2)
-        token = self.class_token.expand(len(x), -1, -1).to(patches.dtype)
+        # By shape: torch.export would fix len(x) at its example's.
+        token = self.class_token.expand(x.shape[0], -1, -1).to(patches.dtype)
         return self.dropout(torch.cat([token, patches], dim=1) + self.pos_embedding)
 
 

@@ -113,7 +113,8 @@ def export(
         preprocess: the file takes uint8 pixels.
 
     Raises:
-        NotTheSame: a logit differs by more than TOLERANCE, or is not finite; nothing is left behind.
+        NotTheSame: a logit differs by more than TOLERANCE, or is not finite, or the file does not run; nothing is left
+            behind.
         UserError: packages are missing.
     """
     if kind == "onnx":
@@ -240,7 +241,7 @@ def compare(
 
 def _outputs(file: Exported, judged: Judged, batch: Batch) -> tuple[Tensor, Tensor]:
     if not file.inside:
-        return file.outputs(batch.images_NHWC)
+        return _run(file, batch.images_NHWC)
     by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     for i in range(len(batch.plan.paths)):
         image = evaluation_resized(read_rgb(batch.plan.place(judged.root, i)), file.card.image_size)
@@ -248,8 +249,15 @@ def _outputs(file: Exported, judged: Judged, batch: Batch) -> tuple[Tensor, Tens
     logits, probabilities = torch.empty(2, len(batch.plan.paths), len(file.card.classes)).unbind()
     for images in by_shape.values():
         rows = [i for i, _ in images]
-        logits[rows], probabilities[rows] = file.outputs(torch.stack([image for _, image in images]))
+        logits[rows], probabilities[rows] = _run(file, torch.stack([image for _, image in images]))
     return logits, probabilities
+
+
+def _run(file: Exported, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return file.outputs(images_NHWC)
+    except Exception as error:  # onnxruntime's own classes; a program's, which knows other shapes
+        raise NotTheSame(f"the file does not run, and was deleted: {' '.join(str(error).split())}") from error
 
 
 def judge(parity: Parity) -> None:

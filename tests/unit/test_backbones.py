@@ -86,6 +86,15 @@ def test_names_round_trip(name: ModelName) -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), model.state_dict().values(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "convnext_base", "vit_b_16", "dann_mnist"])
+def test_an_exported_batch_may_have_any_size(name: ModelName) -> None:
+    size = 28 if name == "dann_mnist" else 32
+    model = backbones.build(ModelConfig(name=name, weights="none"), 3, size, 0, pretrained=False).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: batch},))
+    assert program.module()(torch.zeros(5, 3, size, size)).shape == (5, 3)
+
+
 @pytest.mark.parametrize(("head", "parameters"), [("linear", 512 * 5 + 5), ("mlp", 512 * 256 + 256 + 256 * 5 + 5)])
 def test_heads_of_the_lecture(head: str, parameters: int) -> None:
     model = backbones.build(ModelConfig(weights="none", head=head), 5, SIDE, 0)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from tldist import export as export_module
 from tldist import exported
 from tldist.export import OPSET, Deployed, NotTheSame, Parity, compare, judge
 from tldist.exported import Exported, open_exported
-from tldist.trained import open_run, validation_images
+from tldist.trained import Trained, open_run, validation_images
 from tldist_kernels import mix_normalize
 from tldist_launcher.cli import main
 
@@ -149,6 +149,23 @@ def test_a_file_that_computes_something_else_is_deleted(
     assert said.out == ""
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
     assert out.read_text() == "an older file"
+
+
+def test_a_file_for_one_batch_size_is_deleted(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the exporter silently fixes what was to stay open, as it did for `len` of a batch."""
+
+    def write(trained: Trained, path: Path, *_: object) -> None:
+        made = torch.export.export(Deployed(trained, preprocess=False).eval(), (torch.zeros(2, 3, SIZE, SIZE),))
+        about = export_module.description(trained.card, False) | {export_module.IMAGES: "outside"}
+        torch.export.save(made, path, extra_files=about)
+
+    monkeypatch.setattr(export_module, "_write", write)
+    words = ["export", str(trained_run), "--format", "torch_export", "--out", str(tmp_path / "model.pt2")]
+    assert main(words) == 1
+    assert "the file does not run, and was deleted: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("wrong", ["crop", "scale", "nothing"])

@@ -7,12 +7,16 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes fill two cores: most tests use one. A file's tests stay together; the longest files come first.
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env demo test long faults slurm lint clean
+# The tests are about CPUs, two ranks on a machine with one GPU among them; tests/gpu is about GPUs.
+ON_CPU = CUDA_VISIBLE_DEVICES=
+
+.PHONY: help env demo test gpu long faults slurm lint clean
 
 help:
 	@echo "make env    install everything into .venv"
 	@echo "make demo   every strategy on digits, in minutes, offline"
 	@echo "make test   the tests"
+	@echo "make gpu    what only a GPU can show: kernels, loaders, engines, compiled runs"
 	@echo "make long   the tests in every combination, and those that wait for minutes: an hour or more"
 	@echo "make faults break runs in every way, ten times each, and compare their bits: an hour or more"
 	@echo "make slurm  jobs on a two-node Slurm cluster, with time limits and lost nodes: ten minutes"
@@ -28,10 +32,13 @@ demo: env
 	.venv/bin/tldist demo
 
 test: env
-	.venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
+	$(ON_CPU) .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
+
+gpu: env
+	.venv/bin/python -m pytest -q tests/gpu
 
 long: env
-	TLDIST_LONG=1 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
+	$(ON_CPU) TLDIST_LONG=1 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 faults: env
 	.venv/bin/python tests/faults/harness.py

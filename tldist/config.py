@@ -234,9 +234,10 @@ class TrainConfig(Section):
     17 to find its loss scale.)"""
     min_delta: float = 0.0
     """Rise of validation top-1 that counts as an improvement, for early stopping and for unfreezing on a plateau."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """torch.compile, once per phase: of the frozen prefix, and on GPUs of what trains. auto: where the phase has
-    enough work to win the compile time back."""
+    enough work to win the compile time back. graphs: on, and what trains is replayed as CUDA graphs, for passes so
+    small that the GPU waits for the host (a ResNet-50 with 32 images: 2.6 times as fast)."""
 
 
 @dataclass(frozen=True)

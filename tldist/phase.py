@@ -16,7 +16,7 @@ from tldist import dist
 from tldist.backbones import Segment, StagedModel
 from tldist.batchnorm import flat, moved_statistics, part_by_domain, set_modes, synchronise
 from tldist.checkpoint import Plateau, TrainState
-from tldist.engine import ENGINES, Engine, build_engine, compiles, engine_kind
+from tldist.engine import Engine, build_engine, compiles
 from tldist.flops import StepFlops, count_flops
 from tldist.inputs import Inputs, open_inputs, to_input
 from tldist.metrics import ThroughputClock, TrainMeter, reset_peak_memory
@@ -210,9 +210,10 @@ def freeze(model: StagedModel, phase: Phase) -> None:
         parameter.requires_grad_(phase.multiple(name) > 0)
 
 
-PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 5e15}
-"""A worker's FLOPs in a phase from which compiling wins its time back: estimates. CPU: up to half a minute to compile,
-6 % saved of a prefix at 0.8 TFLOP/s (ResNet-18, two cores of Zen 5). GPU: 40 s, half saved at 65 TFLOP/s, never run."""
+PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 1e16}
+"""A worker's FLOPs in a phase from which compiling wins its time back. CPU: up to half a minute to compile, 6 % saved
+of a prefix at 0.8 TFLOP/s (ResNet-18, two cores of Zen 5). GPU: 29 s, 29 % saved at 113 TFLOP/s (ResNet-50, 256 images,
+everything trains, H200)."""
 
 
 def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flops: StepFlops) -> float:
@@ -225,7 +226,7 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     if mode == "off" or (mode == "auto" and not _compiling_pays(run, phase, flops)):
         return 0.0
     if device.type == "cuda" and compiles(run.config.engine):
-        network.compile(dynamic=False, mode="reduce-overhead" if uses_graphs(run, flops) else "default")
+        network.compile(dynamic=False, mode="reduce-overhead" if mode == "graphs" else "default")
     if prefix.is_empty:
         return 0.0
     side = run.config.data.image_size
@@ -233,20 +234,10 @@ def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flop
     try:
         return prefix.compile(to_input(black, run.numbers.dtype))
     except Exception as error:
-        if mode == "on":
+        if mode != "auto":
             raise
         run.log.write("notice", text=f"the frozen prefix could not be compiled and runs as it is: {_first_line(error)}")
         return 0.0
-
-
-GRAPHS_BELOW_FLOPS = 2e12
-"""A pass of fewer FLOPs is over on a GPU before the host has launched its kernels one by one."""
-
-
-def uses_graphs(run: Run, flops: StepFlops) -> bool:
-    """Is what trains replayed as CUDA graphs, once it is compiled? ZeRO moves weights about, which graphs forbid."""
-    pass_flops = (flops.forward + flops.backward) * run.pass_size
-    return engine_kind(run.config.engine, run.worker.world_size) in ENGINES and pass_flops < GRAPHS_BELOW_FLOPS
 
 
 def _compiling_pays(run: Run, phase: Phase, flops: StepFlops) -> bool:

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from tldist.tracking.runlog import RunLog
 from tldist.tracking.wording import number, whole
@@ -127,8 +127,7 @@ def gradient_norm(log: RunLog) -> Figure | None:
         figure, axes = panel("Gradient norm, before clipping")
         axes.plot(*largest, color=PALETTE[5], marker=_marker(largest[0]), label="largest step")
         axes.plot(*mean, color=PALETTE[0], marker=_marker(mean[0]), label="mean")
-        axes.set_yscale("log")
-        exponents(axes.yaxis)
+        _log_norms(axes, [y for y in (*mean[1], *largest[1]) if y > 0 and math.isfinite(y)])
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=False)
         legend_below(figure, axes, columns=2)
@@ -345,6 +344,18 @@ def _log_rates(axes: Axes, rates: Sequence[float]) -> None:
     top = max(rates)
     axes.set_ylim(min(max(min(rates) / 1.5, top / 1e4), top / 12), top * 1.8)
     exponents(axes.yaxis)
+
+
+def _log_norms(axes: Axes, norms: Sequence[float]) -> None:
+    """Log axis over a factor of four or more, with numbers where it spans no two decades."""
+    axes.set_yscale("log")
+    low, high = min(norms) / 1.2, max(norms) * 1.2
+    middle = math.sqrt(low * high)
+    axes.set_ylim(min(low, middle / 2), max(high, middle * 2))
+    exponents(axes.yaxis)
+    if high / low < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
 
 
 def exponents(axis: Axis) -> None:

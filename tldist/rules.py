@@ -19,6 +19,19 @@ def validate(config: RunConfig) -> None:
             raise UserError(sentence)
 
 
+def validate_device(config: RunConfig, device: str) -> None:
+    """Raise UserError for what only a GPU can do, where workers run on another kind of `device` ("cpu")."""
+    if device == "cuda":
+        return
+    train = config.train
+    if train.precision == "fp16":
+        raise UserError("--train.precision fp16 needs a GPU: use bf16 or fp32 here")
+    if train.compile == "graphs":
+        raise UserError("--train.compile graphs is about CUDA graphs, and there is no GPU: use auto")
+    if config.engine.offload != "none":
+        raise UserError("--engine.offload moves the optimizer from the GPU to the host, and there is no GPU: drop it")
+
+
 def _rules(c: RunConfig) -> list[tuple[bool, str]]:
     """(is it wrong?, the sentence to say) for every rule that spans no machine."""
     positive = {
@@ -93,6 +106,11 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             c.engine.offload != "none" and not c.engine.kind.startswith("zero"),
             f"--engine.offload {c.engine.offload} is DeepSpeed's, and --engine.kind is {c.engine.kind}: "
             "use zero1, zero2 or zero3 with it",
+        ),
+        (
+            c.train.compile == "graphs" and c.engine.kind.startswith("zero"),
+            f"--train.compile graphs needs weights that stay in their place, and --engine.kind {c.engine.kind} moves "
+            "them about: use ddp, or --train.compile on",
         ),
         (
             c.launch.kind == "local" and workers > 1,

@@ -38,7 +38,7 @@ from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.preview import contact_sheet
 from tldist.report import write_report
-from tldist.rules import validate
+from tldist.rules import validate, validate_device
 from tldist.run import Run
 from tldist.saver import Saver
 from tldist.tracking.environment import environment
@@ -183,6 +183,7 @@ def _run(
 def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Watchdog | None = None) -> Run:
     """Index, loaders, model and plan, in that order."""
     validate(settings)
+    validate_device(settings, device.type)
     numbers = numerics(settings.train.precision, device)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
     plan = plan_of(settings)

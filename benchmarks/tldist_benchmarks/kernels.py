@@ -381,7 +381,7 @@ def view(result: Result) -> View:
         for name, ratio in of_case.items()
         if name.startswith("compiled_over_")
     }
-    return results.View([made], plots.bars("Time of the compiled reference, times the op's own", bars, results.shown))
+    return results.View([made], plots.bars("Time of the compiled reference,\ntimes the op's own", bars, results.shown))
 
 
 def bench(words: Sequence[str]) -> int:

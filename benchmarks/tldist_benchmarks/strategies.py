@@ -262,9 +262,15 @@ ONCE = ("compile_s", "fill_s", "fill_images_per_s")
 def view(result: Result) -> View:
     """Rates and ratios, and bars of what trains."""
     found = rows(result.variants)
-    targets = TARGETS.get(result.same["model"], {})
+    targets = TARGETS.get(result.same["model"], {}) if at_defaults(result.same) else {}
     tables = (variant_table(result.same, found), results.ratio_table(result.ratios, targets))
     return View(tables, chart(str(result.same["model"]), found))
+
+
+def at_defaults(same: Mapping[str, Any]) -> bool:
+    """Was it measured as the targets ask for?"""
+    names = ("image_size", "batch_size", "precision", "compile")
+    return all(str(same[name]) == str(getattr(Settings, name)) for name in names)
 
 
 def variant_table(same: Mapping[str, Any], found: list[dict[str, Any]]) -> Table:

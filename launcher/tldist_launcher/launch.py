@@ -22,8 +22,7 @@ from tldist.config import RunConfig, TrainingFailed, UserError
 from tldist.control import Stopped
 from tldist.data.index import Index, load_index, save_index
 from tldist.data.loader import loader_kind
-from tldist.engine.base import numerics
-from tldist.rules import validate
+from tldist.rules import validate, validate_device
 from tldist.tracking.console import Console, follow
 from tldist.watchdog import forget, hung
 from tldist_launcher.progress import bar
@@ -202,9 +201,7 @@ def _check_machine(settings: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # the cluster's machines decide, see tldist_launcher.ray and the workers
     gpus, cores = torch.cuda.device_count(), dist.cores()
-    numerics(settings.train.precision, torch.device("cuda" if gpus else "cpu"))
-    if settings.engine.offload != "none" and not gpus:
-        raise UserError("--engine.offload moves the optimizer from the GPU to the host, and there is no GPU: drop it")
+    validate_device(settings, "cuda" if gpus else "cpu")
     places, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if settings.launch.least > places:
         raise UserError(

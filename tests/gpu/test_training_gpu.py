@@ -70,10 +70,10 @@ def test_the_host_never_waits_in_a_step(photos: Path, tmp_path: Path, monkeypatc
     """Any synchronising call inside train_step is an error, after the first steps of each phase (allocation)."""
     step = fit.train_step
 
-    def watched(run: fit.Run, live: fit.LivePhase, number: int, batch: object) -> None:
+    def watched(run: fit.Run, live: fit.LivePhase, number: int, *rest: Any) -> None:
         torch.cuda.set_sync_debug_mode("error" if number % 5 > 1 else "default")
         try:
-            step(run, live, number, batch)  # type: ignore[arg-type]
+            step(run, live, number, *rest)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -198,22 +198,30 @@ def test_zero_in_low_precision(photos: Path, tmp_path: Path, kind: str, precisio
 
 
 @pytest.mark.usefixtures("exact_fp32")
-@pytest.mark.parametrize("kind", ["single", "ddp", "zero2"])
-@pytest.mark.parametrize("name", ["full", "partial, in parts, averaged"])
-def test_a_compiled_run_ends_where_an_eager_one_ends(photos: Path, tmp_path: Path, name: str, kind: str) -> None:
-    """As CUDA graphs, but for ZeRO."""
+@pytest.mark.parametrize(
+    ("kind", "compile"), [("single", "on"), ("single", "graphs"), ("ddp", "graphs"), ("zero2", "on")]
+)
+@pytest.mark.parametrize("name", ["full", "gradual", "partial, in parts, averaged"])
+def test_a_compiled_run_ends_where_an_eager_one_ends(
+    photos: Path, tmp_path: Path, name: str, kind: str, compile: str
+) -> None:
     if kind == "zero2":
         pytest.importorskip("deepspeed")
     eager = plain(photos, tmp_path / "eager", CASES[name])
     eager = replace(eager, train=replace(eager.train, compile="off", batchnorm="eval"))
     compiled = plain(photos, tmp_path / "compiled", CASES[name])
-    compiled = replace(compiled, train=replace(eager.train, compile="on"), engine=EngineConfig(kind=kind))  # type: ignore[arg-type]
+    train, engine = replace(eager.train, compile=compile), EngineConfig(kind=kind)  # type: ignore[arg-type]
+    compiled = replace(compiled, train=train, engine=engine)
     compare(ended(compiled), ended(eager), atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("model", "compile"),
-    [*((name, "off") for name in ("resnet18", "efficientnet_b0", "convnext_base", "vit_b_16")), ("resnet18", "on")],
+    [
+        *((name, "off") for name in ("resnet18", "efficientnet_b0", "convnext_base", "vit_b_16")),
+        ("resnet18", "on"),
+        ("resnet18", "graphs"),
+    ],
 )
 def test_a_run_repeats_to_the_bit(photos: Path, tmp_path: Path, model: str, compile: str) -> None:
     """bf16, mixed, everything trains: what an interrupted run's exactness rests on."""

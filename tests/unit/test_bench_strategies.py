@@ -10,7 +10,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,16 @@ def test_the_chart_and_the_tables(outcome: Outcome) -> None:
     with Image.open(chart) as picture:
         assert picture.size[0] > 300
     assert all(name in outcome.text for name in (*VARIANTS, *RATIOS))
-    assert "at least 2.3" in outcome.text
     assert "…" not in outcome.text
+
+
+def test_targets_stand_beside_what_was_measured_at_the_default_flags(outcome: Outcome) -> None:
+    (result,) = results.read_csv(next(outcome.out.glob("*.csv")))
+    flags = {key: str(value) for key, value in asdict(Settings()).items() if key in result.same}
+    at_defaults = results.Result({**result.same, **flags, "model": "resnet18"}, result.measured)
+    for shown, there in ((at_defaults, True), (result, False)):
+        cells = [cell for column in strategies.view(shown).tables[1].columns for cell in column.cells]
+        assert ("at least 2.3" in cells) == there
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["train", "folder", "--checkpoint.keep", "0"], "--checkpoint.keep is 0: give a value above 0"),
         (["train", "folder", "--launch.kind", "local", "--launch.workers", "2"], "local runs one worker"),
         (["train", "folder", "--engine.offload", "optimizer"], "use zero1, zero2 or zero3 with it"),
+        (["train", "folder", "--train.compile", "graphs", "--engine.kind", "zero2"], "use ddp, or --train.compile on"),
         (["train", "--config", "/no/such.yaml"], "cannot read the config file"),
         (["plan", "folder", "--strategy.name", "partial", "--strategy.trainable-stages", "9"], "has 6 stages"),
         (["train", "folder", "extra"], "'extra' is no flag"),
@@ -131,10 +132,19 @@ def test_more_workers_than_the_machine_has(photos: Path, capsys: pytest.CaptureF
     assert f"this machine has {cores}" in said(["train", "folder", "--data.root", str(photos), *arguments], capsys)
 
 
-def test_fp16_without_a_gpu(photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--train.precision", "fp16"], "fp16 needs a GPU"),
+        (["--train.compile", "graphs"], "there is no GPU: use auto"),
+        (["--engine.kind", "zero1", "--engine.offload", "optimizer"], "there is no GPU: drop it"),
+    ],
+)
+def test_what_needs_a_gpu(
+    photos: Path, words: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    message = said(["train", "folder", "--data.root", str(photos), "--train.precision", "fp16"], capsys)
-    assert "fp16 needs a GPU" in message
+    assert says in said(["train", "folder", "--data.root", str(photos), *words], capsys)
 
 
 def test_data_mistakes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,6 +283,21 @@ def test_figures_mark_phases_and_group_equal_rates(tmp_path: Path) -> None:
     assert [text.get_text() for text in grouped.legends[0].get_texts()] == ["stem to layer1", "head"]
 
 
+@pytest.mark.parametrize("norms", [(3.1, 3.2), (2.2, 7.9), (0.04, 900.0), (1e-7, 1e-7), (30.0, 1500.0)])
+def test_a_gradient_norm_of_any_range_can_be_read_off(tmp_path: Path, norms: tuple[float, float]) -> None:
+    log = read(synthetic_run.write(tmp_path / "run"))
+    of_rows = np.geomspace(*norms, len(log.train))
+    told = [row | {"grad_norm": y, "grad_norm_max": y} for row, y in zip(log.train, of_rows, strict=True)]
+    figure = plots.gradient_norm(RunLog(run=log.run, train=told))
+    assert figure is not None
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    low, high = axes.get_ylim()
+    assert low < norms[0] <= norms[1] < high
+    ticks = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    assert len([text for y, text in ticks if low <= y <= high and text.get_text()]) >= 2
+
+
 @pytest.mark.parametrize(("size", "labels"), [(2, 2), (30, 30), (31, 0)])
 def test_confusion_labels_up_to_thirty_classes(size: int, labels: int) -> None:
     figure = plots.confusion([f"c{i}" for i in range(size)], [[1] * size] * size)

@@ -35,16 +35,17 @@ test: env
 	$(ON_CPU) .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 gpu: env
+	@.venv/bin/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch finds no GPU here")'
 	.venv/bin/python -m pytest -q tests/gpu
 
 long: env
 	$(ON_CPU) TLDIST_LONG=1 .venv/bin/python -m pytest -q $(SIDE_BY_SIDE)
 
 faults: env
-	.venv/bin/python tests/faults/harness.py
+	$(ON_CPU) .venv/bin/python tests/faults/harness.py
 
 slurm: env
-	TLDIST_LONG=1 .venv/bin/python -m pytest -q tests/slurm
+	$(ON_CPU) TLDIST_LONG=1 .venv/bin/python -m pytest -q tests/slurm
 
 lint: env
 	.venv/bin/ruff check .

@@ -237,7 +237,7 @@ class TrainConfig(Section):
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """torch.compile, once per phase: of the frozen prefix, and on GPUs of what trains. auto: where the phase has
     enough work to win the compile time back. graphs: on, and what trains is replayed as CUDA graphs, for passes so
-    small that the GPU waits for the host (a ResNet-50 with 32 images: 2.6 times as fast)."""
+    small that the GPU waits for the host. New: fast, but not yet compared with eager runs (docs/results.md)."""
 
 
 @dataclass(frozen=True)

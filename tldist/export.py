@@ -13,7 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,11 @@ def export(
     draft = out.with_name(f".{out.stem}-{os.getpid()}{out.suffix}")
     try:
         _write(trained, draft, kind, preprocess)
-        parity = compare(trained, open_exported(draft), judged, batch_size, progress)
+        file = open_exported(draft)
+        parity = compare(trained, file, judged, batch_size, progress)
+        other = 1 if batch_size > 1 else 2  # all of `judged` may come in batches of one size
+        again = compare(trained, file, judged.spread(other), other)
+        parity = replace(parity, largest_difference=max(parity.largest_difference, again.largest_difference))
         judge(parity)
         draft.replace(out)
     finally:
@@ -256,8 +260,10 @@ def _outputs(file: Exported, judged: Judged, batch: Batch) -> tuple[Tensor, Tens
 def _run(file: Exported, images_NHWC: Tensor) -> tuple[Tensor, Tensor]:
     try:
         return file.outputs(images_NHWC)
+    except MemoryError:
+        raise
     except Exception as error:  # onnxruntime's own classes; a program's, which knows other shapes
-        raise NotTheSame(f"the file does not run, and was deleted: {' '.join(str(error).split())}") from error
+        raise NotTheSame(f"the file does not run, and was deleted: {' '.join(str(error).split())[:200]}") from error
 
 
 def judge(parity: Parity) -> None:

@@ -163,6 +163,8 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     run.watchdog.beat("closing the phase")
     live.engine.close()
     live.inputs.close()
+    if live.is_compiled or live.prefix.is_compiled:
+        torch.compiler.reset()  # else it keeps what a phase compiled, and compiles no more after eight
     peak = dist.largest(peak_memory_gib(run.numbers.device), run.numbers.device)
     result.phases.append(record(live, state, peak))
 

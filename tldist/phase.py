@@ -214,6 +214,9 @@ PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 1e16}
 """A worker's FLOPs in a phase from which compiling wins its time back. CPU: up to half a minute to compile, 6 % saved
 of a prefix at 0.8 TFLOP/s (ResNet-18, two cores of Zen 5). GPU: 29 s, 29 % saved at 113 TFLOP/s (ResNet-50, 256 images,
 everything trains, H200)."""
+LARGE_PASS_FLOPS = 2e12
+"""A GPU waits for the host to launch a smaller pass, compiled or not: a ResNet-50 with 32 images (8e11) gained nothing
+on an H200."""
 
 
 def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flops: StepFlops) -> float:
@@ -247,6 +250,8 @@ def _compiling_pays(run: Run, phase: Phase, flops: StepFlops) -> bool:
     passes = (views or epochs) * len(run.index.train) + (1 if views else epochs) * len(run.index.val)
     work = flops.prefix * passes
     if run.numbers.device.type == "cuda":
+        if flops.total * run.pass_size < LARGE_PASS_FLOPS:
+            return False
         work += (flops.forward + flops.backward) * epochs * len(run.index.train)
     return work / run.worker.world_size > PAYS_FROM_FLOPS[run.numbers.device.type]
 

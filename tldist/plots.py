@@ -121,13 +121,14 @@ def learning_rates(log: RunLog) -> Figure | None:
 def gradient_norm(log: RunLog) -> Figure | None:
     """Gradient norm before clipping: the mean between two rows, and the largest."""
     mean, largest = log.series(log.train, "grad_norm"), log.series(log.train, "grad_norm_max")
-    if not any(y > 0 for y in mean[1]):
+    norms = [y for y in (*mean[1], *largest[1]) if y > 0 and math.isfinite(y)]
+    if not norms:
         return None
     with look():
         figure, axes = panel("Gradient norm, before clipping")
         axes.plot(*largest, color=PALETTE[5], marker=_marker(largest[0]), label="largest step")
         axes.plot(*mean, color=PALETTE[0], marker=_marker(mean[0]), label="mean")
-        _log_norms(axes, [y for y in (*mean[1], *largest[1]) if y > 0 and math.isfinite(y)])
+        _log_norms(axes, norms)
         _span_of_run(axes, log)
         _phase_lines(axes, log, labels=False)
         legend_below(figure, axes, columns=2)

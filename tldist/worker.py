@@ -58,9 +58,6 @@ def run(config_json: str) -> dict[str, Any]:
     device = dist.local_device()
     if device.type == "cpu":
         keep_freed_memory()
-    else:
-        # Some of cuDNN's algorithms add in an order of their own: a run would not repeat, nor resume, to the bit.
-        torch.backends.cudnn.deterministic = True
     settings = config.from_json(config_json)
     made_group = dist.init(device, settings.launch.hang_minutes)
     try:
@@ -184,6 +181,8 @@ def build(settings: RunConfig, device: torch.device, log: EventLog, watchdog: Wa
     """Index, loaders, model and plan, in that order."""
     validate(settings)
     validate_device(settings, device.type)
+    # Some of cuDNN's algorithms add in an order of their own: a run would not repeat, nor resume, to the bit.
+    torch.backends.cudnn.deterministic = True
     numbers = numerics(settings.train.precision, device)
     data, share = settings.data, settings.data.batch_size // dist.world_size()
     plan = plan_of(settings)

@@ -46,7 +46,7 @@ class Training:
     batch_size: int
     """Of a step, over all workers."""
     precision: Literal["bf16", "fp32"]
-    compile: Literal["on", "off"]
+    compile: Literal["on", "off", "graphs"]
     strategy: StrategyName = "full"
     cached: bool = False
     engine: Literal["auto", "ddp", "zero1", "zero2", "zero3"] = "auto"
@@ -137,6 +137,11 @@ class Phase:
             yield
         finally:
             self.live.engine = own
+
+    @property
+    def compile_s(self) -> float:
+        """Of the prefix, and on GPUs of what trains, which compiles in its first step."""
+        return self.live.compile_s + (self.live.clock.first_step_s if self.live.is_compiled else 0.0)
 
     def close(self) -> None:
         """End it as the loop ends a phase."""

@@ -49,7 +49,8 @@ def parse_over(base: RunConfig, words: Sequence[str], command: str, own: Iterabl
     )
 
 
-MAY_CHANGE = ("--launch", "--engine", "--checkpoint", "--tracking")
+MAY_CHANGE = ("--launch", "--engine", "--checkpoint", "--tracking", "--train.compile")
+"""Sections and flags."""
 
 
 def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
@@ -68,8 +69,8 @@ def parse_resume(arguments: Sequence[str]) -> tuple[RunConfig, Path] | None:
     if not (run_dir / "config.yaml").is_file() or not any((run_dir / name).is_file() for name in _BEGUN):
         raise UserError(f"{run_dir} is no run directory: give the folder that a run printed as `run:`")
     for word in words:
-        if word.startswith("--") and word.split(".")[0] not in MAY_CHANGE:
-            flag = word.split("=")[0]
+        flag = word.split("=")[0]
+        if word.startswith("--") and not {flag, flag.split(".")[0]} & set(MAY_CHANGE):
             raise UserError(f"{flag} cannot change in a resumed run: only flags of {', '.join(MAY_CHANGE)} can")
     settings = parse_run(["--config", str(run_dir / "config.yaml"), *words], "train", ("--resume",))
     return dataclasses.replace(settings, run_dir=str(run_dir)), run_dir

@@ -197,11 +197,17 @@ def _check_deepspeed(settings: RunConfig) -> None:
         raise UserError(f"--engine.kind {kind} needs DeepSpeed, and it is not installed: pip install deepspeed")
 
 
+def check_device(settings: RunConfig) -> None:
+    """Raise UserError for what this machine's devices cannot do, unless another cluster's machines are to run it."""
+    if not os.environ.get("RAY_ADDRESS"):
+        validate_device(settings, "cuda" if torch.cuda.device_count() else "cpu")
+
+
 def _check_machine(settings: RunConfig) -> None:
+    check_device(settings)
     if os.environ.get("RAY_ADDRESS"):
         return  # the cluster's machines decide, see tldist_launcher.ray and the workers
     gpus, cores = torch.cuda.device_count(), dist.cores()
-    validate_device(settings, "cuda" if gpus else "cpu")
     places, what = (gpus, "GPUs") if gpus else (cores, "cores")
     if settings.launch.least > places:
         raise UserError(

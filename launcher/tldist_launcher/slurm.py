@@ -21,7 +21,7 @@ from typing import Any
 from tldist import config, worker
 from tldist.config import RunConfig, UserError
 from tldist.data.index import root_folder
-from tldist.rules import validate
+from tldist.rules import validate, validate_device
 from tldist.study import STUDY
 from tldist.tracking.environment import environment
 from tldist_launcher import study_job
@@ -173,14 +173,14 @@ def _run_job(flags: Mapping[str, str], rest: Sequence[str], words: Sequence[str]
             f"--launch.workers {settings.launch.workers} on {job.nodes} nodes of {gpus} GPUs: use at most "
             f"{job.nodes * gpus}"
         )
-    _check_run(settings)
+    _check_run(settings, flags)
     return job
 
 
 def _study_job(flags: Mapping[str, str], rest: Sequence[str], words: Sequence[str]) -> Job:
     if flags["--array"]:
         raise UserError("a study is one job, which runs all its seeds: leave out --array, or --study")
-    study, sharing = study_job.read(flags["--study"], rest, _check_run)
+    study, sharing = study_job.read(flags["--study"], rest, lambda settings: _check_run(settings, flags))
     return Job(flags, study.base, words, study, sharing)
 
 
@@ -208,8 +208,9 @@ def _check_flags(flags: Mapping[str, str]) -> None:
     array_numbers(flags["--array"])
 
 
-def _check_run(settings: RunConfig) -> None:
+def _check_run(settings: RunConfig, flags: Mapping[str, str]) -> None:
     validate(settings)
+    validate_device(settings, "cuda" if int(flags["--gpus-per-node"]) else "cpu")
     root_folder(settings.data.root)
     worker.plan_of(settings)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -38,7 +39,7 @@ from tldist.study_report import conclusions, table_of, write_study
 from tldist.tracking import wording
 from tldist.worker import plan_of
 from tldist_launcher.arguments import MAY_CHANGE, as_number, take_flags
-from tldist_launcher.launch import absolute, only_one, preflight
+from tldist_launcher.launch import absolute, check_device, only_one, preflight
 from tldist_launcher.ray import on_ray
 from tldist_launcher.study_file import OWN, Axis, Job, Study, find_study, named_studies, read_file
 
@@ -113,6 +114,7 @@ def check(study: Study) -> None:
         try:
             validate(settings)
             plan_of(settings)
+            check_device(settings)
             if (settings.model, settings.data) not in looked_at:
                 looked_at.add((settings.model, settings.data))
                 preflight(settings)
@@ -378,10 +380,12 @@ def _print(log: StudyLog) -> None:
     table = Table(title=str(log.told.get("title", "")))
     heading, *rows = table_of(log)
     for i, column in enumerate(heading):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console = Console(width=max(Console().width, 132))
+    # A terminal may wrap lines; of an arm whose name was cut nobody knows which it is.
+    console, wide = Console(), Console(width=1000)
+    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     console.print(table)
     for sentence in conclusions(log):
         console.print(sentence, soft_wrap=True, highlight=False)

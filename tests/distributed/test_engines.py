@@ -320,7 +320,7 @@ class Bench:
         freeze(self.model, phase)
         _, network = self.model.cut(backbones.stage_names("resnet18").index(next(iter(phase.stages))))
         network.eval()
-        if kind.endswith(" offload"):  # build_engine asks for a GPU
+        if kind.endswith(" offload"):  # a run's rules ask for a GPU
             stage = int(kind.split()[0].removeprefix("zero"))
             objective = Supervised(network, 0.1)
             return ZeroEngine(objective, phase, self.optim, self.numbers, self.state, stage=stage, offload=True)

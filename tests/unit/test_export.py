@@ -151,19 +151,26 @@ def test_a_file_that_computes_something_else_is_deleted(
     assert out.read_text() == "an older file"
 
 
+@pytest.mark.parametrize("batch_size", ["8", "19", "1"])
 def test_a_file_for_one_batch_size_is_deleted(
-    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained_run: Path,
+    tmp_path: Path,
+    batch_size: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where the exporter silently fixes what was to stay open, as it did for `len` of a batch."""
+    """Where the exporter silently fixes what was to stay open, as it did for `len` of a batch; also where all 19 images
+    come in batches of that size."""
 
     def write(trained: Trained, path: Path, *_: object) -> None:
-        made = torch.export.export(Deployed(trained, preprocess=False).eval(), (torch.zeros(2, 3, SIZE, SIZE),))
+        example = torch.zeros(int(batch_size), 3, SIZE, SIZE)
+        made = torch.export.export(Deployed(trained, preprocess=False).eval(), (example,))
         about = export_module.description(trained.card, False) | {export_module.IMAGES: "outside"}
         torch.export.save(made, path, extra_files=about)
 
     monkeypatch.setattr(export_module, "_write", write)
     words = ["export", str(trained_run), "--format", "torch_export", "--out", str(tmp_path / "model.pt2")]
-    assert main(words) == 1
+    assert main([*words, "--batch-size", batch_size]) == 1
     assert "the file does not run, and was deleted: " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,46 @@ def test_auto_compiles_where_the_time_comes_back(images: int, epochs: int, featu
         worker=SimpleNamespace(world_size=1),
     )
     assert phase._compiling_pays(run, plan.phases[0], StepFlops(3.6e9, 1e6, 1e6)) == pays
+
+
+@pytest.mark.parametrize(
+    ("images", "pass_size", "pays"), [(5000, 256, False), (50_000, 256, True), (50_000, 32, False)]
+)
+def test_auto_compiles_for_gpus_that_do_not_wait_for_the_host(images: int, pass_size: int, pays: bool) -> None:
+    """A full ResNet-50 over ten epochs: a phase of enough work, whose passes are large."""
+    plan = build_plan(StrategyConfig(name="full"), backbones.stage_names("resnet50"), 10)
+    run: Any = SimpleNamespace(
+        config=RunConfig(),
+        plan=plan,
+        index=SimpleNamespace(train=range(images), val=range(100)),
+        numbers=SimpleNamespace(device=torch.device("cuda")),
+        worker=SimpleNamespace(world_size=1),
+        pass_size=pass_size,
+    )
+    assert phase._compiling_pays(run, plan.phases[0], StepFlops(0.0, 8.2e9, 16.1e9)) == pays
+
+
+def test_every_phase_of_many_is_compiled(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles the same code eight times and then silently no more: ten phases share theirs."""
+    compiled = []
+
+    def backend(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    made = RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(weights="none"),
+        strategy=StrategyConfig(name="by_hand", phases=("1: head=1, *=frozen",) * 10),
+        data=DataConfig(root=str(photos), batch_size=20, image_size=32, threads=1),
+        train=TrainConfig(epochs=10, precision="fp32", compile="on"),
+        tracking=TrackingConfig(wandb="disabled"),
+    )
+    worker.run(config.to_json(made))
+    assert len(compiled) == 10
 
 
 def test_folding_copies() -> None:

@@ -338,6 +338,9 @@ class TestCommandLine:
         parsed = parse_resume(["--resume", str(run_dir), "--launch.workers", "2"])
         assert parsed is not None
         assert (parsed[0].launch.workers, parsed[0].run_dir, parsed[1]) == (2, str(run_dir), run_dir)
+        parsed = parse_resume([f"--resume={run_dir}", "--train.compile=off"])
+        assert parsed is not None
+        assert parsed[0].train.compile == "off"
         with pytest.raises(UserError, match="epochs cannot change"):
             parse_resume([f"--resume={run_dir}", "--train.epochs=3"])
 

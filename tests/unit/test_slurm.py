@@ -164,6 +164,7 @@ def test_workers_follow_from_the_allocation(photos: Path) -> None:
         (["--array", "0-"], "--array '0-' is no list of numbers"),
         (["--array", "0-3", "--follow"], "leave one out"),
         (["--gpus-per-node", "2", "--launch.workers", "4"], "on 1 nodes of 2 GPUs: use at most 2"),
+        (["--gpus-per-node", "0", "--train.precision", "fp16"], "fp16 needs a GPU"),
         (["--data.root", "/no/such/folder"], "does not exist"),
         (["--strategy.name", "gradul"], "did you mean 'gradual'?"),
         (["--resume", "runs/a"], "goes on with `sbatch RUN_DIR/job.sbatch`"),

@@ -179,12 +179,15 @@ def test_bad_studies_are_told_before_anything_starts(
         (["FILE", "--run-dir", "x"], "use --dir"),
         (["FILE", "--strategy.name", "full", "--data.mixup", "0"], "leave nothing that varies"),
         (["FILE", "--dir", "FOLDER"], "holds something else than a study"),
+        (["DEVICES"], "fp16: --train.precision fp16 needs a GPU"),
     ],
 )
 def test_bad_commands(
     words: list[str], says: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = {"FILE": str(written(tmp_path, photos)), "FOLDER": str(tmp_path)}
+    (tmp_path / "devices").mkdir()
+    devices = written(tmp_path / "devices", photos, grid={"train.precision": ["bf16", "fp16"]})
+    given = {"FILE": str(written(tmp_path, photos)), "FOLDER": str(tmp_path), "DEVICES": str(devices)}
     assert says in said(["study", *(given.get(word, word) for word in words)], capsys)
 
 

@@ -14,7 +14,16 @@ import safetensors.torch
 import torch
 
 from tldist import config, worker
-from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
+from tldist.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackingConfig,
+    TrainConfig,
+    UserError,
+)
 
 SUMMARY = {
     "recipe",
@@ -118,6 +127,24 @@ def test_the_same_config_gives_the_same_bits(
     other = replace(settings(photos, tmp_path / "other"), seed=1)
     worker.run(config.to_json(other))
     assert not torch.equal(last(other)["layer4.0.conv1.weight"], last(made)["layer4.0.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("train", {"precision": "fp16"}),
+        ("train", {"compile": "graphs"}),
+        ("engine", {"kind": "zero1", "offload": "optimizer"}),
+    ],
+)
+def test_a_worker_on_a_cpu_refuses_what_needs_a_gpu(
+    photos: Path, tmp_path: Path, section: str, values: dict[str, Any]
+) -> None:
+    """Under torchrun, or on a cluster's machine, no launcher has looked."""
+    made = settings(photos, tmp_path / "run")
+    made = replace(made, **{section: replace(getattr(made, section), **values)})
+    with pytest.raises(UserError, match="GPU"):
+        worker.run(config.to_json(made))
 
 
 def test_a_failure_is_recorded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,11 +27,10 @@ from tldist.data.loader import Loader, Read, open_loader
 from tldist.data.pixels import open_pixels
 from tldist.data.presets import AugmentSpec, augment_spec
 from tldist.data.verify import Progress
-from tldist.engine import engine_kind, numerics
+from tldist.engine import numerics
 from tldist.fisher import ewc
-from tldist.fit import FitResult, fit, speed
+from tldist.fit import FitResult, fit
 from tldist.flops import peak_flops
-from tldist.metrics import Window, count_parameters
 from tldist.mirror import error_event, open_wandb, predictions_event, weights_events
 from tldist.objectives.anchor import Pull, joined
 from tldist.optim import is_anchored
@@ -41,7 +40,7 @@ from tldist.report import write_report
 from tldist.rules import validate, validate_device
 from tldist.run import Run
 from tldist.saver import Saver
-from tldist.tracking.environment import environment
+from tldist.summary import announce, summarize
 from tldist.tracking.events import EventLog
 from tldist.tracking.wandb import STOPPED, WandbSink
 from tldist.watchdog import Watchdog
@@ -286,35 +285,6 @@ def data_index(settings: RunConfig, progress: Progress | None = None) -> Index:
     return index
 
 
-def announce(parts: Run, sink: WandbSink | None = None) -> None:
-    """Write environment.json and the run's first line."""
-    if not dist.is_main():
-        return
-    (parts.run_dir / "environment.json").write_text(json.dumps(environment(), indent=1))
-    if sink is not None and (told := parts.run_dir / "config.yaml").exists():
-        sink.write({"event": "files", "name": "config", "paths": [str(told)], "aliases": []})
-    settings, index, plan = parts.config, parts.index, parts.plan
-    parts.log.write(
-        "run",
-        recipe=settings.recipe,
-        strategy=settings.strategy.name,
-        model=settings.model.name,
-        engine=engine_kind(settings.engine, dist.world_size()),
-        world_size=dist.world_size(),
-        epochs=plan.epochs,
-        steps_per_epoch=parts.steps_per_epoch,
-        total_steps=plan.epochs * parts.steps_per_epoch,
-        train_images=len(index.train.paths),
-        val_images=len(index.val.paths),
-        skipped_images=len(bad_at_check(index)),
-        classes=list(index.classes),
-        peak_flops=describe_peak(parts),
-        plan=describe_plan(plan, settings.optim.base_lr, parts.model),
-    )
-    for skipped in () if (parts.saver.folder / "last").exists() else index.skipped:
-        parts.log.write("notice", text=f"skipped {skipped.path}: {skipped.reason}")
-
-
 def show_inputs(parts: Run, sink: WandbSink | None) -> None:
     """Draw plots/inputs.jpg, once a run: a contact sheet of what training sees."""
     path = parts.run_dir / "plots" / "inputs.jpg"
@@ -336,28 +306,6 @@ def show_inputs(parts: Run, sink: WandbSink | None) -> None:
             sink.write({"event": "inputs", "path": str(path), "step": 0})
 
 
-def bad_at_check(index: Index) -> set[str]:
-    """Paths of the images that the index left out."""
-    return {item.path for item in index.skipped if item.is_bad_image}
-
-
-def describe_plan(plan: Plan, base_lr: float, model: backbones.StagedModel) -> list[dict[str, Any]]:
-    """The plan as plain values: per phase each stage's highest peak learning rate (0.0: frozen) and what trains."""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    return [
-        {
-            "phase": i,
-            "name": phase.name,
-            "epochs": phase.epochs,
-            "patience": phase.patience,
-            "stages": {stage: base_lr * phase.stages.get(stage, 0.0) for stage in plan.stages},
-            "trainable_params": sum(size for name, size in sizes.items() if phase.multiple(name) > 0),
-            "prefix": list(plan.stages[: plan.cut(i)]),
-        }
-        for i, phase in enumerate(plan.phases)
-    ]
-
-
 def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
     """Write predictions, summary and report; returns the summary."""
     summary = summarize(parts, result, sink, started)
@@ -376,72 +324,6 @@ def finish(parts: Run, result: FitResult, sink: WandbSink | None, started: float
         parts.log.write("end", **summary)
         _report(parts)
     return summary
-
-
-def summarize(parts: Run, result: FitResult, sink: WandbSink | None, started: float) -> dict[str, Any]:
-    """The numbers of summary.json."""
-    settings, state = parts.config, result.state
-    total = sum((phase.window for phase in result.phases), Window())
-    per_image = sum(phase.window.images * phase.flops_per_image for phase in result.phases) / max(total.images, 1)
-    per_phase = describe_phases(parts, result)
-    return {
-        "recipe": settings.recipe,
-        "strategy": settings.strategy.name,
-        "model": settings.model.name,
-        "engine": engine_kind(settings.engine, dist.world_size()),
-        "world_size": dist.world_size(),
-        "seed": settings.seed,
-        "epochs": state.epoch,
-        "phases": len(result.phases),
-        "per_phase": per_phase,
-        "train_images": len(parts.index.train.paths),
-        "target_images": 0 if parts.index.target is None else len(parts.index.target),
-        "val_images": len(parts.index.val.paths),
-        "skipped_images": len(bad_at_check(parts.index) | parts.bad_images.reasons.keys()),
-        "data_fingerprint": parts.index.fingerprint,
-        "val_top1": state.val_top1,
-        "best_val_top1": state.best_val_top1,
-        "best_epoch": state.best_epoch,
-        "images_per_s": round(total.images_per_s, 1),
-        "data_wait_share": round(total.data_wait_share, 4),
-        **speed(parts, total, per_image),
-        "peak_flops": describe_peak(parts),
-        "trainable_params": per_phase[-1]["trainable_params"],
-        "total_params": count_parameters(dict(parts.model.named_parameters())),
-        "replica_spread": result.replica_spread,
-        "peak_mem_gib": max(phase["peak_mem_gib"] for phase in per_phase),
-        "seconds_to_best": state.seconds_to_best,
-        "restored_epoch": result.restored_epoch,
-        "wall_s": round(time.time() - started, 2),
-        "skipped_steps": state.skipped_steps,
-        "resumed_from": result.resumed_from,
-        "wandb_run_id": sink.run_id if sink is not None else None,
-    }
-
-
-def describe_peak(parts: Run) -> dict[str, Any]:
-    """What a worker's device could do, and how that is known."""
-    return {"tflops": round(parts.peak[0] / 1e12, 3), "source": parts.peak[1]}
-
-
-def describe_phases(parts: Run, result: FitResult) -> list[dict[str, Any]]:
-    """What each phase that ran did and cost."""
-    planned = describe_plan(parts.plan, parts.config.optim.base_lr, parts.model)
-    return [
-        {
-            "name": planned[phase.index]["name"],
-            "epochs": phase.epochs,
-            "trainable_params": planned[phase.index]["trainable_params"],
-            "images_per_s": round(phase.window.images_per_s, 1),
-            "data_wait_share": round(phase.window.data_wait_share, 4),
-            "gflops_per_image": phase.flops_per_image / 1e9,
-            **speed(parts, phase.window, phase.flops_per_image),
-            "peak_mem_gib": round(phase.peak_mem_gib, 3),
-            "compile_s": round(phase.compile_s, 2),
-            "cache_fill_s": round(phase.cache_fill_s, 2),
-        }
-        for phase in result.phases
-    ]
 
 
 def _report(parts: Run) -> None:

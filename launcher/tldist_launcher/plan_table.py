@@ -11,7 +11,8 @@ from rich.table import Table
 from tldist import backbones
 from tldist.config import DOMAINS, OptimConfig, RunConfig, StrategyConfig
 from tldist.plan import Phase, Plan
-from tldist.worker import describe_plan, plan_of
+from tldist.summary import describe_plan
+from tldist.worker import plan_of
 
 CLASSES_SHOWN = 1000
 """The plan needs no data, so the head is sized for ImageNet's classes."""

@@ -165,7 +165,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, tops: list[float]) -> None:
         return Evaluation(torch.arange(100), labels, predicted, torch.ones(100), torch.ones(100))
 
     monkeypatch.setattr(fit, "evaluate_model", evaluation)
-    monkeypatch.setattr(fit, "predictions", lambda *_: {"classes": [], "samples": []})
+    monkeypatch.setattr("tldist.resume.predictions", lambda *_: {"classes": [], "samples": []})
 
 
 def test_gradual_on_a_plateau_unfreezes_when_validation_stands_still(

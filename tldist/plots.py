@@ -353,10 +353,15 @@ def _log_norms(axes: Axes, norms: Sequence[float]) -> None:
     low, high = min(norms) / 1.2, max(norms) * 1.2
     middle = math.sqrt(low * high)
     axes.set_ylim(min(low, middle / 2), max(high, middle * 2))
-    exponents(axes.yaxis)
-    if high / low < 100:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda norm, _: f"{norm:g}"))
+    log_numbers(axes.yaxis, norms)
+
+
+def log_numbers(axis: Axis, values: Sequence[float]) -> None:
+    """Labels of a log axis over `values` (above 0): 10, 20, 50, 100 where they span no two decades, else exponents."""
+    exponents(axis)
+    if max(values) / min(values) < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def exponents(axis: Axis) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tldist.comparison import Mean, frontier
-from tldist.plots import DASHES, INK, MUTED, PALETTE, PANEL_IN, exponents, legend_below, look, panel, printable, share
+from tldist.plots import DASHES, INK, MUTED, PALETTE, PANEL_IN, legend_below, log_numbers, look, panel, printable, share
 from tldist.study import Metric
 
 MOST_CURVES = 10
@@ -41,7 +41,7 @@ def pareto(arms: Mapping[str, tuple[Mean, Mean]], metric: Metric, cost: str) -> 
         costs = [spent for spent, _ in points.values()]
         if max(costs) > 10 * min(costs) > 0:
             axes.set_xscale("log")
-            exponents(axes.xaxis)
+            log_numbers(axes.xaxis, costs)
         axes.margins(x=0.25, y=0.15)
         axes.set_xlabel(f"{cost} per run")
         if metric.written(0.5).endswith("%"):
@@ -92,7 +92,7 @@ def tried(values: Mapping[str, Sequence[tuple[float, float, bool]]], metric: Met
             xs = [x for x, _, _ in points]
             if max(xs) > 20 * min(xs) > 0:
                 axes.set_xscale("log")
-                exponents(axes.xaxis)
+                log_numbers(axes.xaxis, xs)
             axes.set_xlabel(printable(axis))
             axes.set_ylabel(metric.heading)
             if metric.written(0.5).endswith("%"):

@@ -10,9 +10,10 @@ from tldist import dist
 from tldist.backbones import StagedModel
 from tldist.data.index import Index
 from tldist.engine import engine_kind
-from tldist.fit import FitResult, speed
+from tldist.fit import speed
 from tldist.metrics import Window, count_parameters
 from tldist.plan import Plan
+from tldist.resume import FitResult
 from tldist.run import Run
 from tldist.tracking.environment import environment
 from tldist.tracking.wandb import WandbSink

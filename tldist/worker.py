@@ -29,7 +29,7 @@ from tldist.data.presets import AugmentSpec, augment_spec
 from tldist.data.verify import Progress
 from tldist.engine import numerics
 from tldist.fisher import ewc
-from tldist.fit import FitResult, fit
+from tldist.fit import fit
 from tldist.flops import peak_flops
 from tldist.mirror import error_event, open_wandb, predictions_event, weights_events
 from tldist.objectives.anchor import Pull, joined
@@ -37,6 +37,7 @@ from tldist.optim import is_anchored
 from tldist.plan import Plan, build_plan
 from tldist.preview import contact_sheet
 from tldist.report import write_report
+from tldist.resume import FitResult
 from tldist.rules import validate, validate_device
 from tldist.run import Run
 from tldist.saver import Saver

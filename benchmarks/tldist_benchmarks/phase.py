@@ -26,10 +26,11 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.fit import FitResult, train_epoch
+from tldist.fit import train_epoch
 from tldist.inputs import open_inputs
 from tldist.metrics import Window
 from tldist.phase import begin_phase
+from tldist.resume import FitResult
 from tldist.run import Run
 from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING
 

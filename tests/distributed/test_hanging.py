@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+from conftest import long
 from test_training import settings
 
 from tldist import config
@@ -36,7 +37,10 @@ def torchrun(made: RunConfig, how: str, world: int) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize(("how", "world"), [("sleep", 2), ("stop", 2), ("gil", 2), ("sleep", 1)])
+@pytest.mark.parametrize(
+    ("how", "world"),
+    [("sleep", 2), ("stop", 2), pytest.param("gil", 2, marks=long), pytest.param("sleep", 1, marks=long)],
+)
 def test_a_hung_worker_is_named_and_the_run_ends(photos: Path, tmp_path: Path, how: str, world: int) -> None:
     made = prepared(photos, tmp_path / "run", TIMEOUT_S)
     run_dir = tmp_path / "run"

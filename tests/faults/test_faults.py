@@ -1,4 +1,5 @@
-"""The faults, once each, in a run of four epochs. `make faults` tries them more often, and loses a node."""
+"""Two faults, and with TLDIST_LONG all, once each, in a run of four epochs. `make faults` tries them more often, and
+loses a node."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import long
 from faults import FAULTS, try_fault
 from harness import bench, default_weights, photos
 from runs import Bench, Run
@@ -26,7 +28,14 @@ def undisturbed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 # A flipped bit takes the way of a file cut short from its digest on; tests/unit/test_checkpoint.py flips many.
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "a bit flipped"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("killed worker", "checkpoint cut short") else pytest.param(name, marks=long)
+        for name in FAULTS
+        if name != "a bit flipped"
+    ],
+)
 def test_a_fault_costs_a_few_steps_and_no_bit(undisturbed: tuple[Bench, Run], name: str) -> None:
     trial = try_fault(*undisturbed, name, seed="once", number=0)
     if trial.skipped:

@@ -17,13 +17,12 @@ from pathlib import Path
 
 import pytest
 from cluster import NODES, Cluster, cluster, missing
-from conftest import LONG
+from conftest import long
 from submitted import LIMIT_S, ROOT, Submitted
 
 from tldist import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S), pytest.mark.skipif(bool(missing()), reason=missing())]
-long = pytest.mark.skipif(not LONG, reason="takes minutes: make slurm")
 
 
 def patience(seconds: float) -> float:
@@ -163,6 +162,7 @@ def test_a_preempted_run_comes_back_and_ends_the_same(slurm: Cluster, undisturbe
     same_end(run, undisturbed)
 
 
+@long
 def test_scancel_ends_a_job_within_seconds(slurm: Cluster, undisturbed: Submitted) -> None:
     """Slurm itself would wait 30 s before it kills; the last checkpoint is whole."""
     run = Submitted(slurm, "cancelled").submit("--train.epochs", "1000")

@@ -56,7 +56,7 @@ def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("parts", [2, 3, 8])
+@pytest.mark.parametrize("parts", [3, 8])
 def test_accumulation_equals_the_large_batch(photos: Path, tmp_path: Path, parts: int) -> None:
     """fp32, ten steps, mixed images: every weight within 1e-5; eight images in three parts are 3, 3 and 2."""
     one = settings(photos, tmp_path / "one")

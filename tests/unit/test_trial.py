@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import long
 from test_study_file import FLAGS, read, written
 
 from tldist.study import read_study, state_of
@@ -52,6 +53,7 @@ def has_trained(run_dir: Path) -> bool:
     return path.exists() and '"train"' in path.read_text()
 
 
+@long
 @pytest.mark.timeout(600)
 def test_a_trial_whose_study_is_killed_saves_and_goes_on_to_the_same_end(photos: Path, tmp_path: Path) -> None:
     path, job = long_job(tmp_path, photos)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import long
 
 from tldist import config, worker
 from tldist.config import (
@@ -93,7 +94,7 @@ def undisturbed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     return made
 
 
-@pytest.mark.parametrize("when", ["at its start", "under way"])
+@pytest.mark.parametrize("when", ["at its start", pytest.param("under way", marks=long)])
 def test_a_killed_wandb_core_changes_nothing_in_the_training(
     photos: Path, tmp_path: Path, undisturbed: RunConfig, when: str
 ) -> None:

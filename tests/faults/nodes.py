@@ -129,10 +129,11 @@ _LIVE_ON = ("IDLE", "DashboardAgent", "RuntimeEnvAgent", "_AutoscalingCoordinato
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """A port that nothing listens on, and that Ray does not want for its dashboard's agent."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        port = s.getsockname()[1]
+    return free_port() if port == 52365 else port
 
 
 def wait_for_port(address: str, seconds: float = 90) -> None:

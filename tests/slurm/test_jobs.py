@@ -101,7 +101,7 @@ def test_a_run_spans_both_nodes(undisturbed: Submitted) -> None:
 
 
 def test_nothing_is_left_on_either_node(watched: Watched) -> None:
-    assert watched.seconds_to_stop < patience(5)
+    assert watched.seconds_to_stop < patience(10)  # 3.5 on quiet cores, 5.3 on ones that another machine slows
     for name in NODES:
         assert "ray-" not in watched.run.cluster.run("ls", "/tmp", node=name)
 

@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two processes fill two cores: most tests use one. A file's tests stay together; the longest files come first.
 SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 
-# The tests are about CPUs, two ranks on a machine with one GPU among them; tests/gpu is about GPUs.
+# All but tests/gpu is about CPUs: where there is a GPU, its two ranks would want two.
 ON_CPU = CUDA_VISIBLE_DEVICES=
 
 .PHONY: help env demo test gpu long faults slurm lint clean

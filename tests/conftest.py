@@ -16,9 +16,7 @@ from PIL import Image
 
 LONG = "TLDIST_LONG" in os.environ
 """Is there time for every combination, and for what waits for minutes? (`make long`)"""
-long = pytest.mark.skipif(
-    not LONG, reason="one more way to see what another test sees, in half a minute or more: make long"
-)
+long = pytest.mark.skipif(not LONG, reason="takes long: make long")
 
 # No run of the tests may reach a W&B account.
 os.environ["WANDB_MODE"] = "offline"

@@ -48,7 +48,7 @@ class LivePhase:
     meter: TrainMeter
     flops: StepFlops
     average: WeightAverage | None = None
-    compile_s: float = 0.0
+    prefix_compile_s: float = 0.0
     moving: list[Tensor] = field(default_factory=list)
     """BatchNorm statistics that this worker's steps move; known once `train_mode` was called."""
 
@@ -56,6 +56,11 @@ class LivePhase:
     def is_compiled(self) -> bool:
         """Is what trains compiled? Its first step then compiles."""
         return self.network._compiled_call_impl is not None
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds of the prefix and, once the first step was taken, of what trains."""
+        return self.prefix_compile_s + (self.clock.first_step_s if self.is_compiled else 0.0)
 
     def begin_step(self) -> None:
         """What CUDA graphs returned in earlier steps is no longer needed."""
@@ -215,12 +220,12 @@ PAYS_FROM_FLOPS = {"cpu": 3e14, "cuda": 1e16}
 of a prefix at 0.8 TFLOP/s (ResNet-18, two cores of Zen 5). GPU: 29 s, 29 % saved at 113 TFLOP/s (ResNet-50, 256 images,
 everything trains, H200)."""
 LARGE_PASS_FLOPS = 2e12
-"""A GPU waits for the host to launch a smaller pass, compiled or not: a ResNet-50 with 32 images (8e11) gained nothing
-on an H200."""
+"""A GPU waits for the host to launch a smaller pass, compiled or not: a full ResNet-50 with 32 images (8e11) gained
+nothing on an H200. Passes through a frozen prefix were not measured."""
 
 
 def compile_phase(run: Run, phase: Phase, prefix: Prefix, network: Segment, flops: StepFlops) -> float:
-    """Compile the prefix and, on GPUs, what trains; returns the seconds that the prefix took.
+    """Compile the prefix and, on GPUs, what trains (in its first step); returns the seconds that the prefix took.
 
     On CPUs a compiled training step was measured at 0.88 to 0.98 times the speed of the eager one, so only the
     prefix is compiled there.

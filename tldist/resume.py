@@ -107,7 +107,7 @@ def record(live: LivePhase, state: TrainState, peak_mem_gib: float) -> PhaseReco
         live.clock.phase,
         live.flops.total,
         peak_mem_gib,
-        live.compile_s + (live.clock.first_step_s if live.is_compiled else 0.0),
+        live.compile_s,
         live.inputs.fill_s,
     )
 

@@ -139,11 +139,6 @@ class Phase:
         finally:
             self.live.engine = own
 
-    @property
-    def compile_s(self) -> float:
-        """Of the prefix, and on GPUs of what trains, which compiles in its first step."""
-        return self.live.compile_s + (self.live.clock.first_step_s if self.live.is_compiled else 0.0)
-
     def close(self) -> None:
         """End it as the loop ends a phase."""
         self.live.engine.close()

@@ -14,14 +14,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 
 from tldist.config import UserError
+from tldist.tracking.console import print_whole
 from tldist_benchmarks.harness import Measured, Series
 
-TABLE_WIDTH = 132
 RATIOS = "ratios"
 """Stands for a variant in rows that hold ratios between variants."""
 
@@ -60,9 +58,8 @@ class View:
 
 def print_tables(*tables: Table) -> None:
     """To stdout."""
-    for one in tables:  # a terminal may wrap lines; cut numbers tell nothing
-        wanted = Measurement.get(Console(width=1000), Console(width=1000).options, one).maximum
-        Console(width=max(Console().width, TABLE_WIDTH, wanted)).print(one)
+    for one in tables:
+        print_whole(one)
 
 
 def table(title: str, first: str, columns: Sequence[str], caption: str | None = None) -> Table:

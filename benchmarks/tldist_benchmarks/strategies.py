@@ -91,7 +91,9 @@ class Settings:
         check_training(self.model, self.image_size, self.batch_size)
         compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
         if self.compile != "off" and not any(map(shutil.which, compilers)):
-            raise UserError("--compile on needs a C++ compiler, and there is none: install g++, or use --compile off")
+            raise UserError(
+                f"--compile {self.compile} needs a C++ compiler, and there is none: install g++, or use --compile off"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ class Bench:
         def turn() -> dict[str, float]:
             return phase.cached_turn(epochs) if cached else phase.turn(epochs)
 
-        self.variants[name] = Variant(turn, phase.live.flops.total, phase.compile_s)
+        self.variants[name] = Variant(turn, phase.live.flops.total, phase.live.compile_s)
         return phase
 
     def _add_prefix(self, frozen_trunk: Phase) -> None:
@@ -174,7 +176,7 @@ class Bench:
         def turn() -> dict[str, float]:
             return {"images_per_s": s.images / _seconds(prefix, x, s.steps, self.device)}
 
-        self.variants["prefix"] = Variant(turn, frozen_trunk.live.flops.prefix, frozen_trunk.live.compile_s)
+        self.variants["prefix"] = Variant(turn, frozen_trunk.live.flops.prefix, frozen_trunk.live.prefix_compile_s)
 
 
 def _seconds(prefix: Prefix, x: torch.Tensor, steps: int, device: torch.device) -> float:

@@ -173,7 +173,8 @@ def launch_kind(settings: RunConfig) -> str:
 def preflight(settings: RunConfig) -> Index:
     """Find the user's mistakes in seconds, before workers are started: machine, plan, data, weights."""
     validate(settings)
-    _check_machine(settings)
+    check_device(settings)
+    _check_workers(settings)
     _check_ray(settings)
     _check_deepspeed(settings)
     loader_kind(settings.data, dist.local_device())
@@ -203,8 +204,7 @@ def check_device(settings: RunConfig) -> None:
         validate_device(settings, "cuda" if torch.cuda.device_count() else "cpu")
 
 
-def _check_machine(settings: RunConfig) -> None:
-    check_device(settings)
+def _check_workers(settings: RunConfig) -> None:
     if os.environ.get("RAY_ADDRESS"):
         return  # the cluster's machines decide, see tldist_launcher.ray and the workers
     gpus, cores = torch.cuda.device_count(), dist.cores()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -37,6 +36,7 @@ from tldist.study import (
 )
 from tldist.study_report import conclusions, table_of, write_study
 from tldist.tracking import wording
+from tldist.tracking.console import print_whole
 from tldist.worker import plan_of
 from tldist_launcher.arguments import MAY_CHANGE, as_number, take_flags
 from tldist_launcher.launch import absolute, check_device, only_one, preflight
@@ -383,9 +383,6 @@ def _print(log: StudyLog) -> None:
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    # A terminal may wrap lines; of an arm whose name was cut nobody knows which it is.
-    console, wide = Console(), Console(width=1000)
-    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
-    console.print(table)
+    print_whole(table)
     for sentence in conclusions(log):
-        console.print(sentence, soft_wrap=True, highlight=False)
+        print(sentence)

@@ -36,7 +36,6 @@ from tldist.config import (
 )
 from tldist.engine import build_engine, numerics
 from tldist.engine.base import DTYPES, Engine, HeldBytes, Numerics
-from tldist.engine.zero import ZeroEngine
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState
@@ -320,12 +319,9 @@ class Bench:
         freeze(self.model, phase)
         _, network = self.model.cut(backbones.stage_names("resnet18").index(next(iter(phase.stages))))
         network.eval()
-        if kind.endswith(" offload"):  # a run's rules ask for a GPU
-            stage = int(kind.split()[0].removeprefix("zero"))
-            objective = Supervised(network, 0.1)
-            return ZeroEngine(objective, phase, self.optim, self.numbers, self.state, stage=stage, offload=True)
+        name, _, offload = kind.partition(" ")
         return build_engine(
-            EngineConfig(kind=kind),  # type: ignore[arg-type]
+            EngineConfig(kind=name, offload="optimizer" if offload else "none"),  # type: ignore[arg-type]
             Supervised(network, 0.1),
             phase,
             self.optim,

@@ -1,6 +1,6 @@
 """Jobs on a real Slurm cluster of two nodes: each run spans both, one worker on each.
 
-The long ones, which wait for time limits and lost nodes, run with TLDIST_LONG=1 (`make slurm`).
+The long ones, about time limits, lost nodes and scancel, run with TLDIST_LONG=1 (`make slurm`).
 """
 
 from __future__ import annotations

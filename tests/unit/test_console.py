@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import synthetic_run
+from rich.table import Table
 from synthetic_run import Shape
 
-from tldist.tracking.console import Console, follow
+from tldist.tracking.console import Console, follow, print_whole
 
 ROWS = synthetic_run.rows(Shape())
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -239,3 +240,15 @@ class Recorder(Console):
 
     def feed(self, event: dict[str, Any]) -> None:
         self.rows.append(event)
+
+
+def test_a_table_is_never_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arms of a study differ at the ends of their names."""
+    monkeypatch.setenv("COLUMNS", "40")
+    table = Table("arm", "top-1")
+    names = [f"feature_extraction, randaugment, cosine_restarts, seed {i}" for i in (1, 2)]
+    for name in names:
+        table.add_row(name, "44.6 ± 2.3 %")
+    print_whole(table)
+    printed = capsys.readouterr().out
+    assert all(f"{name} │ 44.6 ± 2.3 %" in printed for name in names)

@@ -17,6 +17,7 @@ from typing import Any, Self, TextIO
 import rich.box
 import rich.console
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +33,13 @@ GAP = "  "
 
 # (label, value, rank): on a narrow terminal the highest rank is left out first.
 Field = tuple[str, str, int]
+
+
+def print_whole(table: Table) -> None:
+    """To stdout, however narrow that is: a terminal may wrap lines, but cut names and numbers tell nothing."""
+    console, wide = rich.console.Console(), rich.console.Console(width=1000)
+    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
+    console.print(table)
 
 
 class Console:

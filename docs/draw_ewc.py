@@ -17,12 +17,14 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from tldist import dist, fisher, forgetting
+from tldist import dist
 from tldist.config import OptimConfig, RunConfig
-from tldist.data.datasets import fetch
+from tldist.data.make.datasets import fetch
+from tldist.objectives.ewc import FISHER_FILE, checkpoint_at
 from tldist.recipes.demo import TARGET_CLASSES, demo_source
-from tldist_launcher.forgetting import fisher_command
-from tldist_launcher.transfer import at_its_end
+from tldist.transfer import forgetting
+from tldist_launcher.commands.forgetting import fisher_command
+from tldist_launcher.commands.transfer import at_its_end
 
 STRENGTHS: dict[str, tuple[float, ...]] = {
     "free": (0.0,),
@@ -38,7 +40,7 @@ def main(folder: Path, seeds: int) -> None:
     for seed in range(seeds):
         base = replace(demo_source(), seed=seed, data=replace(demo_source().data, root=str(root)))
         source = at_its_end(replace(base, run_dir=str(folder / f"source-{seed}")))
-        if not (fisher.of(source) / fisher.FILE).exists():
+        if not (checkpoint_at(source) / FISHER_FILE).exists():
             fisher_command([str(source), "--images", "300"])
         for method, strengths in STRENGTHS.items():
             for strength in strengths:

@@ -18,10 +18,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tldist import config, plots
+from tldist import config
 from tldist.config import ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig
 from tldist.optim import schedule_factor
-from tldist.worker import plan_of
+from tldist.report import plots
+from tldist.train.worker import plan_of
 
 STEPS_PER_EPOCH = 20
 RESUMED_EPOCH = 8

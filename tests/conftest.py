@@ -68,8 +68,9 @@ def trained_run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Not to be written to.
     """
-    from tldist import config, worker
-    from tldist.data.index import build_index, save_index
+    from tldist import config
+    from tldist.data.source.index import build_index, save_index
+    from tldist.train import worker
 
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     run_dir.mkdir()
@@ -99,7 +100,7 @@ def shared_data() -> Path:
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports the heavy packages once; each rank is then a cheap fork of a process without threads.
-_CONTEXT.set_forkserver_preload(["torch", "torchvision", "tldist.worker"])
+_CONTEXT.set_forkserver_preload(["torch", "torchvision", "tldist.train.worker"])
 
 
 def _rank_main(

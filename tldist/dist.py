@@ -36,7 +36,7 @@ def is_main() -> bool:
 
 
 def patience(hang_minutes: float) -> timedelta:
-    """How long a collective waits: longer than the watchdog, which knows for whom (tldist/watchdog.py)."""
+    """How long a collective waits: longer than the watchdog, which knows for whom (tldist/guard/watchdog.py)."""
     return max(TIMEOUT, timedelta(minutes=2 * hang_minutes))
 
 

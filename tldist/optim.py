@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from tldist.backbones import HEAD
 from tldist.config import OptimConfig
+from tldist.models.backbones import HEAD
 from tldist.plan import Phase, Plan
 
 OptimizerState = dict[str, dict[str, Tensor]]

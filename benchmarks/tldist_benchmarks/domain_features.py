@@ -19,16 +19,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from tldist import backbones, checkpoint, config
-from tldist.batchnorm import BatchNorm
+from tldist import config
+from tldist.checkpoints import checkpoint
 from tldist.config import DOMAINS, RunConfig
 from tldist.data.batches import plan_batch
-from tldist.data.domains import build_domains
-from tldist.data.index import Index, Split
-from tldist.data.loader import open_loader
+from tldist.data.load.open import open_loader
 from tldist.data.presets import AugmentSpec
-from tldist.inputs import to_input
+from tldist.data.source.domains import build_domains
+from tldist.data.source.index import Index, Split
+from tldist.models import backbones
+from tldist.models.batchnorm import BatchNorm
 from tldist.objectives.domains import rows_of
+from tldist.train.inputs.inputs import to_input
 
 IMAGES = 500
 """Of each domain."""

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
-from tldist import dist, plots
+from tldist import dist
 from tldist.config import ModelName, UserError
 from tldist.engine.base import HeldBytes
 from tldist.objectives.base import StepOutput
+from tldist.report import plots
 from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.harness import Measured, Series, show
 from tldist_benchmarks.phase import Phase, Training, check_training

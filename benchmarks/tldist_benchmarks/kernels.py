@@ -361,7 +361,7 @@ class Settings:
 
 def view(result: Result) -> View:
     """A row per case and variant; bars of each op against the compiled reference."""
-    from tldist import plots
+    from tldist.report import plots
     from tldist_benchmarks import results
 
     found = rows({name: {m: s.values for m, s in metrics.items()} for name, metrics in result.variants.items()})

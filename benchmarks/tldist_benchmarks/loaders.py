@@ -23,18 +23,20 @@ from torchvision import transforms
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 
-from tldist import dist, plots
-from tldist.backbones import IMAGE_MEAN, IMAGE_STD
+from tldist import dist
 from tldist.config import DataConfig, UserError
 from tldist.data.batches import Worker, train_batches
-from tldist.data.index import Index, Split
-from tldist.data.loader import Read, open_loader
-from tldist.data.pixels import open_pixels
+from tldist.data.load.loader import Read
+from tldist.data.load.open import open_loader
+from tldist.data.load.pixels import open_pixels
+from tldist.data.make.sharding import encode
 from tldist.data.presets import PRESETS
-from tldist.data.sharding import encode
-from tldist.data.verify import num_workers, strict_pillow, verify
-from tldist.inputs import to_input
-from tldist.worker import keep_freed_memory
+from tldist.data.source.index import Index, Split
+from tldist.data.source.verify import num_workers, strict_pillow, verify
+from tldist.models.backbones import IMAGE_MEAN, IMAGE_STD
+from tldist.report import plots
+from tldist.train.inputs.inputs import to_input
+from tldist.train.worker import keep_freed_memory
 from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.harness import Measured, Series, Turn, synchronize
 from tldist_benchmarks.results import Result, View, shown

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import rich.table
 
-from tldist import plots
-from tldist.report import Cell, Fact, Page, Picture, Section, Table, render
+from tldist.report import plots
+from tldist.report.run_page import Cell, Fact, Page, Picture, Section, Table, render
 from tldist_benchmarks.results import Result, View, print_tables
 
 WIDE_PX = 600

@@ -26,12 +26,12 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.fit import train_epoch
-from tldist.inputs import open_inputs
-from tldist.metrics import Window
-from tldist.phase import begin_phase
-from tldist.resume import FitResult
-from tldist.run import Run
+from tldist.train.fit import train_epoch
+from tldist.train.inputs.inputs import open_inputs
+from tldist.train.metrics import Window
+from tldist.train.phase import begin_phase
+from tldist.train.resume import FitResult
+from tldist.train.run import Run
 from tldist_benchmarks.plain import CLIP_NORM, LABEL_SMOOTHING
 
 HEAD, PARTIAL = 1, 2

@@ -13,8 +13,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tldist import backbones
 from tldist.config import ModelConfig, ModelName, OptimConfig
+from tldist.models import backbones
 from tldist_benchmarks.harness import synchronize
 from tldist_benchmarks.pool import CLASSES, Pool, draw_pool
 

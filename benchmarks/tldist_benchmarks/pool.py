@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tldist import worker
-from tldist.backbones import IMAGE_MEAN, IMAGE_STD
 from tldist.config import RunConfig
 from tldist.data.batches import BatchPlan
-from tldist.data.index import Index, Split, save_index
-from tldist.data.loader import Batch
-from tldist.run import Run
+from tldist.data.load.loader import Batch
+from tldist.data.source.index import Index, Split, save_index
+from tldist.models.backbones import IMAGE_MEAN, IMAGE_STD
 from tldist.tracking.events import EventLog
+from tldist.train import worker
+from tldist.train.run import Run
 from tldist_kernels import mix_normalize
 
 CLASSES = 10

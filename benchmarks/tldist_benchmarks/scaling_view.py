@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from tldist import plots
+from tldist.report import plots
 from tldist_benchmarks import results
 from tldist_benchmarks.cost_model import AllReduce, Link, Work, all_reduce_s, fit_link, step_s
 from tldist_benchmarks.harness import Series

@@ -19,13 +19,14 @@ import torch._dynamo
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from tldist import dist, plots
+from tldist import dist
 from tldist.config import ModelName, StrategyName, UserError
 from tldist.engine.base import DTYPES
-from tldist.flops import count_flops
-from tldist.inputs import to_input
-from tldist.prefix import Prefix
-from tldist.worker import keep_freed_memory
+from tldist.models.flops import count_flops
+from tldist.models.prefix import Prefix
+from tldist.report import plots
+from tldist.train.inputs.inputs import to_input
+from tldist.train.worker import keep_freed_memory
 from tldist_benchmarks import harness, page, results
 from tldist_benchmarks.ceiling import Ceiling
 from tldist_benchmarks.harness import Measured, Series, Turn, show, synchronize

@@ -30,7 +30,7 @@ import torch.distributed as td
 
 from tldist import dist
 from tldist.config import TrainingFailed
-from tldist.worker import keep_freed_memory
+from tldist.train.worker import keep_freed_memory
 
 Start = Callable[[str], AbstractContextManager[int]]
 """Starts `serve` with the string it is given on some machines, and says on how many; ends what it started."""

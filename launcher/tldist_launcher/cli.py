@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tldist.config import TrainingFailed, UserError, nearest
-from tldist.control import Stopped
+from tldist.guard.control import Stopped
 
 Command = Callable[[Sequence[str]], int]
 
@@ -69,8 +69,8 @@ def _details(name: str) -> str:
 
 
 def _train(words: Sequence[str]) -> int:
-    from tldist_launcher.arguments import parse_resume, parse_run
-    from tldist_launcher.launch import launch, resume
+    from tldist_launcher.start.arguments import parse_resume, parse_run
+    from tldist_launcher.start.launch import launch, resume
 
     interrupted = parse_resume(words)
     run_dir = launch(parse_run(words, "train", ("--resume",))) if interrupted is None else resume(*interrupted)
@@ -79,58 +79,58 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _submit(words: Sequence[str]) -> int:
-    from tldist_launcher.slurm import submit
+    from tldist_launcher.slurm.submit import submit
 
     return submit(words)
 
 
 def _runs(words: Sequence[str]) -> int:
-    from tldist_launcher.runs import runs_command
+    from tldist_launcher.slurm.runs import runs_command
 
     return runs_command(words)
 
 
 def _logs(words: Sequence[str]) -> int:
-    from tldist_launcher.runs import logs_command
+    from tldist_launcher.slurm.runs import logs_command
 
     return logs_command(words)
 
 
 def _plan(words: Sequence[str]) -> int:
-    from tldist_launcher.arguments import parse_run
-    from tldist_launcher.plan_table import print_plan
+    from tldist_launcher.commands.plan_table import print_plan
+    from tldist_launcher.start.arguments import parse_run
 
     print_plan(parse_run(words, "plan"))
     return 0
 
 
 def _find_lr(words: Sequence[str]) -> int:
-    from tldist_launcher.find_lr import find_lr
+    from tldist_launcher.commands.find_lr import find_lr
 
     find_lr(words)
     return 0
 
 
 def _fisher(words: Sequence[str]) -> int:
-    from tldist_launcher.forgetting import fisher_command
+    from tldist_launcher.commands.forgetting import fisher_command
 
     return fisher_command(words)
 
 
 def _forgetting(words: Sequence[str]) -> int:
-    from tldist_launcher.forgetting import forgetting_command
+    from tldist_launcher.commands.forgetting import forgetting_command
 
     return forgetting_command(words)
 
 
 def _transfer_score(words: Sequence[str]) -> int:
-    from tldist_launcher.transfer import score_command
+    from tldist_launcher.commands.transfer import score_command
 
     return score_command(words)
 
 
 def _transfer_gain(words: Sequence[str]) -> int:
-    from tldist_launcher.transfer import gain_command
+    from tldist_launcher.commands.transfer import gain_command
 
     return gain_command(words)
 
@@ -138,14 +138,14 @@ def _transfer_gain(words: Sequence[str]) -> int:
 def _study(words: Sequence[str]) -> int:
     if words and words[0] == "transfer-gain":
         return _transfer_gain(words[1:])
-    from tldist_launcher.study import study_command
+    from tldist_launcher.study.command import study_command
 
     return study_command(words)
 
 
 def _demo(words: Sequence[str]) -> int:
-    from tldist_launcher.arguments import parse_flags
-    from tldist_launcher.demo import demo
+    from tldist_launcher.commands.demo import demo
+    from tldist_launcher.start.arguments import parse_flags
 
     flags = parse_flags(words, {"--run-dir": "runs/demo"}, "demo")
     demo(Path(flags["--run-dir"]).expanduser())
@@ -153,7 +153,7 @@ def _demo(words: Sequence[str]) -> int:
 
 
 def _data(words: Sequence[str]) -> int:
-    from tldist_launcher import data
+    from tldist_launcher.commands import data
 
     commands = {
         "fetch": data.fetch_command,
@@ -169,38 +169,38 @@ def _data(words: Sequence[str]) -> int:
 
 
 def _evaluate(words: Sequence[str]) -> int:
-    from tldist_launcher.evaluate import evaluate_command
+    from tldist_launcher.commands.evaluate import evaluate_command
 
     return evaluate_command(words)
 
 
 def _export(words: Sequence[str]) -> int:
-    from tldist_launcher.export import export_command
+    from tldist_launcher.commands.export import export_command
 
     return export_command(words)
 
 
 def _predict(words: Sequence[str]) -> int:
-    from tldist_launcher.predict import predict_command
+    from tldist_launcher.commands.predict import predict_command
 
     return predict_command(words)
 
 
 def _bench(words: Sequence[str]) -> int:
-    from tldist_launcher.bench import bench_command
+    from tldist_launcher.commands.bench import bench_command
 
     return bench_command(words)
 
 
 def _sync(words: Sequence[str]) -> int:
-    from tldist_launcher.sync import sync_command
+    from tldist_launcher.commands.sync import sync_command
 
     return sync_command(words)
 
 
 def _doctor(words: Sequence[str]) -> int:
-    from tldist_launcher.arguments import parse_flags
-    from tldist_launcher.doctor import doctor_rows, print_doctor
+    from tldist_launcher.commands.doctor import doctor_rows, print_doctor
+    from tldist_launcher.start.arguments import parse_flags
 
     parse_flags(words, {}, "doctor")
     rows = doctor_rows()

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tldist import config, worker
-from tldist.data.loader import Batch
-from tldist.inputs import ImageInputs
+from tldist.data.load.loader import Batch
+from tldist.train.inputs.inputs import ImageInputs
 
 HOW = sys.argv.pop(1)
 MARK = Path(config.load(Path(sys.argv[1])).run_dir) / "hangs"

@@ -20,7 +20,8 @@ import safetensors.torch
 import torch
 from conftest import LONG, run_ranks
 
-from tldist import backbones, checkpoint, config, dist, fit, worker
+from tldist import config, dist
+from tldist.checkpoints import checkpoint
 from tldist.config import (
     DOMAINS,
     STRATEGIES,
@@ -36,11 +37,13 @@ from tldist.config import (
 )
 from tldist.engine import build_engine, numerics
 from tldist.engine.base import DTYPES, Engine, HeldBytes, Numerics
+from tldist.models import backbones
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState
-from tldist.phase import freeze
 from tldist.plan import Phase
+from tldist.train import fit, worker
+from tldist.train.phase import freeze
 
 pytestmark = pytest.mark.usefixtures("two_domains")
 

@@ -16,7 +16,7 @@ from test_training import settings
 
 from tldist import config
 from tldist.config import LaunchConfig, RunConfig
-from tldist.watchdog import hung
+from tldist.guard.watchdog import hung
 
 TIMEOUT_S = 6.0
 SLACK_S = 6.0

@@ -16,13 +16,13 @@ from conftest import run_ranks
 
 from tldist import dist
 from tldist.config import DataConfig
-from tldist.data import pixels as cache
 from tldist.data.batches import Worker, train_batches
-from tldist.data.decode import read_rgb
-from tldist.data.index import build_index
-from tldist.data.loader import open_loader
-from tldist.data.pixels import NAME, Pixels, open_pixels
+from tldist.data.load import pixels as cache
+from tldist.data.load.decode import read_rgb
+from tldist.data.load.open import open_loader
+from tldist.data.load.pixels import NAME, Pixels, open_pixels
 from tldist.data.presets import PRESETS
+from tldist.data.source.index import build_index
 
 CPU = torch.device("cpu")
 

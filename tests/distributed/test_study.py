@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tldist.study import read_study
+from tldist.study.log import read_study
 from tldist.tracking.runlog import parse
 from tldist_launcher.cli import main
-from tldist_launcher.launch import is_running, launch
-from tldist_launcher.study import resolved
-from tldist_launcher.study_file import read_file
+from tldist_launcher.start.launch import is_running, launch
+from tldist_launcher.study.command import resolved
+from tldist_launcher.study.file import read_file
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from conftest import run_ranks, write_images
 
-from tldist import backbones, config, dist, fit, worker
-from tldist.batchnorm import synchronise, unsynchronise
+from tldist import config, dist
 from tldist.config import (
     CacheConfig,
     CheckpointConfig,
@@ -28,17 +27,21 @@ from tldist.config import (
     TrainConfig,
 )
 from tldist.data.batches import Worker, eval_batches
-from tldist.data.index import build_index
-from tldist.data.loader import Batch, open_loader
+from tldist.data.load.loader import Batch
+from tldist.data.load.open import open_loader
 from tldist.data.presets import AugmentSpec
+from tldist.data.source.index import build_index
 from tldist.engine import numerics
 from tldist.engine.ddp import DDPEngine
-from tldist.evaluate import evaluate
-from tldist.inputs import to_input
+from tldist.models import backbones
+from tldist.models.batchnorm import synchronise, unsynchronise
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
-from tldist.phase import freeze
 from tldist.plan import Phase
+from tldist.train import fit, worker
+from tldist.train.evaluate import evaluate
+from tldist.train.inputs.inputs import to_input
+from tldist.train.phase import freeze
 
 CPU = torch.device("cpu")
 

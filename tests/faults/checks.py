@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from runs import BATCH, SAVE_EVERY, Run, Seen
 
-from tldist import checkpoint
+from tldist.checkpoints import checkpoint
 
 SLACK_S = 3.0
 """For a machine that has other things to do."""

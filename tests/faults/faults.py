@@ -19,7 +19,7 @@ from checks import each_image_once, figures, lost_no_more, nothing_left, same_en
 from disk import Ballast, small_disk
 from runs import Bench, Run
 
-from tldist import checkpoint
+from tldist.checkpoints import checkpoint
 
 STOP_BOUND_S = 45.0
 """From the signal to exit code 75: a look (a second), an evaluation and the writing, on a machine that is busy."""

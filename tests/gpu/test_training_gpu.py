@@ -14,7 +14,8 @@ import torch
 import torch._inductor.config
 from PIL import Image
 
-from tldist import checkpoint, config, dist, fit, worker
+from tldist import config, dist
+from tldist.checkpoints import checkpoint
 from tldist.config import (
     DataConfig,
     EngineConfig,
@@ -26,9 +27,10 @@ from tldist.config import (
     TrainConfig,
 )
 from tldist.data.batches import Worker, train_batches
-from tldist.data.index import build_index
-from tldist.data.loader import loader_kind, open_loader
+from tldist.data.load.open import loader_kind, open_loader
 from tldist.data.presets import PRESETS, AugmentSpec
+from tldist.data.source.index import build_index
+from tldist.train import fit, worker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DALI = pytest.mark.skipif(loader_kind(DataConfig(), torch.device("cuda")) != "dali", reason="DALI is not installed")

@@ -28,15 +28,15 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torchvision.models.efficientnet import MBConv
 
-from tldist import backbones
 from tldist.config import ModelConfig, ModelName
-from tldist.data.decode import read_rgb
-from tldist.data.index import build_index
-from tldist.data.torchvision_loader import evaluation_square
-from tldist.export import export
-from tldist.exported import open_exported
-from tldist.predict import Prediction, predict
-from tldist.trained import Card, Judged, Trained
+from tldist.data.load.decode import read_rgb
+from tldist.data.load.torchvision_loader import evaluation_square
+from tldist.data.source.index import build_index
+from tldist.models import backbones
+from tldist.trained.export import export
+from tldist.trained.exported import open_exported
+from tldist.trained.model import Card, Judged, Trained
+from tldist.trained.predict import Prediction, predict
 from tldist_kernels import mix_normalize
 
 CLASSES = ("ants", "bees")

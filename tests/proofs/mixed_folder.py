@@ -23,9 +23,9 @@ from torchvision import transforms
 
 from tldist import dist
 from tldist.data.augment import short_side
-from tldist.data.files import find_files
-from tldist.predict import Prediction, predict
-from tldist.trained import Trained, open_run
+from tldist.data.source.files import find_files
+from tldist.trained.model import Trained, open_run
+from tldist.trained.predict import Prediction, predict
 
 PARTS = {"jpg": 600, "png": 200, "gif": 40, "txt": 40, "cut": 40, "empty": 40, "folder": 14, "link": 13, "pipe": 13}
 

@@ -20,7 +20,7 @@ from cluster import NODES, Cluster, cluster, missing
 from conftest import long
 from submitted import LIMIT_S, ROOT, Submitted
 
-from tldist import checkpoint
+from tldist.checkpoints import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * LIMIT_S), pytest.mark.skipif(bool(missing()), reason=missing())]
 

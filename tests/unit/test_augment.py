@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from tldist.config import DataConfig, RunConfig, UserError
 from tldist.data.augment import draw_views, random_boxes, uniforms
 from tldist.data.batches import Worker, eval_batches, steps_per_epoch, train_batches
-from tldist.data.index import Split
+from tldist.data.load.torchvision_loader import show
 from tldist.data.presets import (
     BINS,
     POLICY_OPS,
@@ -28,7 +28,7 @@ from tldist.data.presets import (
     augment_spec,
     magnitude_range,
 )
-from tldist.data.torchvision_loader import show
+from tldist.data.source.index import Split
 from tldist.rules import validate
 
 SIZES = np.array([[375, 500]])

@@ -11,11 +11,11 @@ import torch
 import torchvision
 from torch import nn
 
-from tldist import backbones
-from tldist.backbones import StagedModel
 from tldist.config import ModelConfig, ModelName, UserError
-from tldist.digit_nets import DigitNet
-from tldist.prefix import Prefix, fold_batchnorm
+from tldist.models import backbones
+from tldist.models.backbones import StagedModel
+from tldist.models.digit_nets import DigitNet
+from tldist.models.prefix import Prefix, fold_batchnorm
 
 MODELS = get_args(ModelName)
 SIDE = 64

@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_images
-from tldist import config, worker
+from tldist import config
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig, UserError
-from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import Worker, eval_batches
-from tldist.data.dali import DaliLoader
-from tldist.data.index import build_index, load_index, save_index
+from tldist.data.load.bad_images import BadImages, DecodeError
+from tldist.data.load.dali import DaliLoader
 from tldist.data.presets import AugmentSpec
+from tldist.data.source.index import build_index, load_index, save_index
+from tldist.train import worker
 from tldist_launcher.cli import main
 
 LOADERS = ("dali", "torchvision")

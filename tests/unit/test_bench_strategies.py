@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from tldist import dist
-from tldist import features as feature_cache
 from tldist.config import UserError
+from tldist.train.inputs import features as feature_cache
 from tldist_benchmarks import ceiling, harness, results, strategies
 from tldist_benchmarks.harness import Series
 from tldist_benchmarks.phase import HEAD, PARTIAL, Phase, Training

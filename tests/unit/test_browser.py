@@ -14,8 +14,8 @@ import synthetic_study
 from browser import Browser, Seen
 from synthetic_run import Shape
 
-from tldist.report import write_comparison, write_report
-from tldist.study_report import write_study
+from tldist.report.run_page import write_comparison, write_report
+from tldist.study.page import write_study
 from tldist_benchmarks import page, report, results
 
 LONG = tuple(f"a class with a rather long name, number {i}" for i in range(12))

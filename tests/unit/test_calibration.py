@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tldist import calibration, dist
-from tldist.calibration import HIGHEST, LOWEST
+from tldist import dist
 from tldist.engine import numerics
-from tldist.evaluate import evaluate
-from tldist.scores import BATCH, scores
+from tldist.train import calibration
+from tldist.train.calibration import HIGHEST, LOWEST
+from tldist.train.evaluate import evaluate
+from tldist.trained.scores import BATCH, scores
 
 
 def fit_temperature(logits: Tensor, labels: Tensor, batch: int = BATCH) -> float:

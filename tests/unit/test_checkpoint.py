@@ -12,8 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from tldist import checkpoint
-from tldist.checkpoint import DamagedCheckpoint, TrainState
+from tldist.checkpoints import checkpoint
+from tldist.checkpoints.checkpoint import DamagedCheckpoint, TrainState
 
 
 def save(folder: Path, epoch: int, names: tuple[str, ...], keep: int = 1) -> None:

@@ -15,9 +15,9 @@ import torchvision
 
 from tldist import config
 from tldist.config import RunConfig, UserError
-from tldist_launcher.arguments import flag_types, parse_run
 from tldist_launcher.cli import main
-from tldist_launcher.launch import preflight
+from tldist_launcher.start.arguments import flag_types, parse_run
+from tldist_launcher.start.launch import preflight
 
 # The contract: scripts in the field rely on these names.
 FLAGS = """--strategy.name --engine.kind --launch.workers --model.name --model.weights --data.root --data.batch-size
@@ -115,7 +115,7 @@ def test_a_mistake_found_late_leaves_no_run_directory(
         raise UserError("found in the worker")
 
     run_dir = tmp_path / "run"
-    monkeypatch.setattr("tldist.worker.run", late)
+    monkeypatch.setattr("tldist.train.worker.run", late)
     assert "found in the worker" in said(
         ["train", "folder", *QUICK, "--data.root", str(photos), "--run-dir", str(run_dir)], capsys
     )

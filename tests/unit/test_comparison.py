@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tldist.comparison import Difference, against, all_pairs, corrected, frontier, mean_of, paired
+from tldist.study.statistics import Difference, against, all_pairs, corrected, frontier, mean_of, paired
 
 RNG = np.random.default_rng(0)
 

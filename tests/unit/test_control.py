@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from tldist import control, dist
+from tldist import dist
 from tldist.config import LaunchConfig
-from tldist.control import Control, Orders
-from tldist_launcher.ray import workers_for
+from tldist.guard import control
+from tldist.guard.control import Control, Orders
+from tldist_launcher.start.ray import workers_for
 
 CPU = torch.device("cpu")
 NONE_SKIPPED = torch.zeros(3)

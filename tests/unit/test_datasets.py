@@ -21,9 +21,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tldist.config import UserError
-from tldist.data import datasets
-from tldist.data.archives import Archive, unpack
-from tldist.data.datasets import DATASETS, fetch, is_complete
+from tldist.data.make import datasets
+from tldist.data.make.archives import Archive, unpack
+from tldist.data.make.datasets import DATASETS, fetch, is_complete
 
 DATA = Path(os.environ.get("TLDIST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 

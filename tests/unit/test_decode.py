@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
-from tldist.data import decode
-from tldist.data.decode import read_box, read_rgb
-from tldist.data.verify import refusal, strict_pillow
+from tldist.data.load import decode
+from tldist.data.load.decode import read_box, read_rgb
+from tldist.data.source.verify import refusal, strict_pillow
 
 
 def picture() -> Image.Image:
@@ -103,7 +103,7 @@ def test_what_verification_accepts_is_decoded_however_large(tmp_path: Path, recw
 
 def test_what_verification_calls_too_large_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture().save(path := tmp_path / "image.png")
-    monkeypatch.setattr("tldist.data.verify._MAX_PIXELS", 1000)
+    monkeypatch.setattr("tldist.data.source.verify._MAX_PIXELS", 1000)
     with pytest.raises(ValueError, match="too large: 161 x 123 pixels"):
         read_rgb(path)
 

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import rich.console
 
-from tldist_launcher import doctor
-from tldist_launcher import machine as machine_module
-from tldist_launcher.doctor import Row, doctor_rows, print_doctor
-from tldist_launcher.machine import Machine
+from tldist_launcher.commands import doctor
+from tldist_launcher.commands import machine as machine_module
+from tldist_launcher.commands.doctor import Row, doctor_rows, print_doctor
+from tldist_launcher.commands.machine import Machine
 
 TORCH = {"version": "2.11.0", "cuda": "13.0", "gpus": [], "nccl": "2.30.7", "gloo": True, "torchvision": "0.26.0"}
 H100 = {"name": "NVIDIA H100 80GB HBM3", "memory_gib": 79.2, "bf16": True}
@@ -185,7 +185,8 @@ def test_slurm_weights_and_login_are_found(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_the_doctor_itself_imports_nothing_heavy() -> None:
     code = (
-        "import sys, tldist_launcher.doctor; sys.exit(bool({'torch', 'ray', 'wandb', 'deepspeed'} & set(sys.modules)))"
+        "import sys, tldist_launcher.commands.doctor; "
+        "sys.exit(bool({'torch', 'ray', 'wandb', 'deepspeed'} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import write_images
 
-from tldist import backbones, checkpoint, config, forgetting, worker
-from tldist.batchnorm import part_by_domain
+from tldist import config
+from tldist.checkpoints import checkpoint
 from tldist.config import (
     DataConfig,
     ModelConfig,
@@ -26,14 +26,18 @@ from tldist.config import (
     UserError,
 )
 from tldist.data.batches import Worker, steps_per_epoch, target_batches, train_batches
-from tldist.data.domains import UNLABELLED, build_domains
-from tldist.data.index import build_index, load_index, save_index
+from tldist.data.make.sharding import write_shards
 from tldist.data.presets import AugmentSpec
-from tldist.data.sharding import write_shards
+from tldist.data.source.domains import UNLABELLED, build_domains
+from tldist.data.source.index import build_index, load_index, save_index
+from tldist.models import backbones
+from tldist.models.batchnorm import part_by_domain
 from tldist.objectives.base import Targets
 from tldist.objectives.domains import DANN, MMD, discriminator, ramp, reverse_gradient, rows_of
 from tldist.plan import build_plan
 from tldist.rules import validate
+from tldist.train import worker
+from tldist.transfer import forgetting
 from tldist_kernels import mmd
 
 SHOWN = ("source", "target")
@@ -346,7 +350,7 @@ def test_weights_are_saved_under_the_networks_own_names(domains: Path, tmp_path:
     """They load into the network itself, and are weights to start from."""
     made = settings(domains, tmp_path / "run", "dann", batchnorm="domain", epochs=1)
     _, weights = ended(made)
-    from tldist.digit_nets import DigitNet
+    from tldist.models.digit_nets import DigitNet
 
     net = DigitNet(28, batchnorm=True, num_classes=2)
     net.load_state_dict({name: tensor for name, tensor in weights.items() if not name.startswith("discriminator")})

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from tldist import export as export_module
-from tldist import exported
-from tldist.export import OPSET, Deployed, NotTheSame, Parity, compare, judge
-from tldist.exported import Exported, open_exported
-from tldist.trained import Trained, open_run, validation_images
+from tldist.trained import export as export_module
+from tldist.trained import exported
+from tldist.trained.export import OPSET, Deployed, NotTheSame, Parity, compare, judge
+from tldist.trained.exported import Exported, open_exported
+from tldist.trained.model import Trained, open_run, validation_images
 from tldist_kernels import mix_normalize
 from tldist_launcher.cli import main
 
@@ -141,7 +141,7 @@ def test_a_file_that_computes_something_else_is_deleted(
     trained = open_run(trained_run)
     with torch.no_grad():
         next(iter(trained.model.parameters())).mul_(1.02)
-    monkeypatch.setattr("tldist_launcher.export.open_run", lambda _: trained)
+    monkeypatch.setattr("tldist_launcher.commands.export.open_run", lambda _: trained)
     capsys.readouterr()
     assert main(words) == 1
     said = capsys.readouterr()

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tldist import config, features, inputs, worker
+from tldist import config
 from tldist.config import (
     CacheConfig,
     DataConfig,
@@ -24,10 +24,12 @@ from tldist.config import (
     UserError,
 )
 from tldist.data.batches import Worker, fill_batches, train_ids
-from tldist.data.index import build_index
 from tldist.data.presets import PRESETS, AugmentSpec
-from tldist.features import Features, FeatureWriter, Layout
+from tldist.data.source.index import build_index
 from tldist.rules import validate
+from tldist.train import worker
+from tldist.train.inputs import features, inputs
+from tldist.train.inputs.features import Features, FeatureWriter, Layout
 
 CPU = torch.device("cpu")
 
@@ -158,7 +160,7 @@ def test_a_folder_of_the_users_serves_later_runs_that_compute_the_same(photos: P
         # Without weights, a seed would change the trunk.
         path = tmp_path / "source.safetensors"
         if not path.exists():
-            from tldist import backbones
+            from tldist.models import backbones
 
             safetensors.torch.save_file(backbones.build(made.model, 5, 32, 0).torchvision_state(), path)
         train(replace(made, model=replace(made.model, weights=str(path))))
@@ -218,7 +220,7 @@ def test_rows_come_back_from_any_number_of_shards(
             given = stored[view][mine]
             writer.write(view, mine.numpy(), given.permute(0, 3, 1, 2) if len(shape) == 3 else given)
     if not resident:
-        monkeypatch.setattr("tldist.features.RESIDENT_BYTES", 0)
+        monkeypatch.setattr("tldist.train.inputs.features.RESIDENT_BYTES", 0)
     kept = Features(tmp_path, "train", layout, CPU)
     assert kept.resident == resident
     ids = torch.tensor([7, 0, 9, 3])
@@ -233,7 +235,7 @@ def test_rows_come_back_from_any_number_of_shards(
 def test_large_features_are_read_ahead_from_disk(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     off = settings(photos, tmp_path / "off", "off", strategy=StrategyConfig(name="partial"))
     train(off)
-    monkeypatch.setattr("tldist.features.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("tldist.train.inputs.features.RESIDENT_BYTES", 0)
     disk = settings(photos, tmp_path / "disk", strategy=StrategyConfig(name="partial"))
     train(disk)
     same_run(off, disk)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from tldist.config import DataConfig, LaunchConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig
-from tldist.find_lr import Curve, Finding, Sweep, averaged, is_lost, measure, read_curve, trial
 from tldist.rules import validate
-from tldist_launcher.arguments import parse_run
+from tldist.train.find_lr import Curve, Finding, Sweep, averaged, is_lost, measure, read_curve, trial
 from tldist_launcher.cli import main
+from tldist_launcher.start.arguments import parse_run
 
 QUICK = [
     "--model.weights", "none", "--strategy.name", "two_phase", "--data.image-size", "32", "--data.batch-size", "8",

@@ -16,8 +16,8 @@ from conftest import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tldist import backbones, checkpoint, config, dist, fisher, forgetting, worker
-from tldist.backbones import StagedModel
+from tldist import config, dist
+from tldist.checkpoints import checkpoint
 from tldist.config import (
     DataConfig,
     ModelConfig,
@@ -28,8 +28,13 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.forgetting import FisherJob
+from tldist.models import backbones
+from tldist.models.backbones import StagedModel
 from tldist.objectives.anchor import AnchorPenalty, Pull, joined
+from tldist.objectives.ewc import checkpoint_at, read_fisher
+from tldist.train import worker
+from tldist.transfer import fisher, forgetting
+from tldist.transfer.forgetting import FisherJob
 from tldist_launcher.cli import main
 
 
@@ -136,7 +141,7 @@ class TestFisher:
         task = forgetting.read_task(earlier, torch.device("cpu"))
         split = forgetting.some(task.index.train, 20, 0)
         expected = brute_force(task.model, task.batches(split), "model", 20, seed=0)
-        assert off(fisher.read(earlier), expected) < 1e-5
+        assert off(read_fisher(earlier), expected) < 1e-5
         best = earlier / "checkpoints" / "best"
         assert checkpoint.damage(best) is None
         assert fisher.about(earlier) == {"images": "20", "labels": "model", "seed": "0"}
@@ -179,10 +184,10 @@ class TestFisher:
         (copied / "fisher.safetensors").write_bytes(b"half")
         assert checkpoint.damage(copied) is None
         with pytest.raises(UserError, match="has no Fisher information yet"):
-            fisher.read(copied)
+            read_fisher(copied)
         (copied / "SHA256SUMS").write_text("".join(sums))
         with pytest.raises(UserError, match=r"damaged: fisher\.safetensors is not what was written"):
-            fisher.read(copied)
+            read_fisher(copied)
 
 
 def _of_ranks() -> tuple[dict[str, list[float]], int]:
@@ -229,8 +234,8 @@ class TestPenalty:
 
 def test_a_run_under_ewc_moves_what_matters_less(photos: Path, tmp_path: Path, earlier: Path) -> None:
     """Nearer to the earlier task than a free run, in the Fisher's measure by far; two tasks at half of it are one."""
-    start, information = checkpoint.read_weights(fisher.of(earlier)), fisher.read(earlier)
-    source = ModelConfig(weights=str(fisher.of(earlier) / "model.safetensors"))
+    start, information = checkpoint.read_weights(checkpoint_at(earlier)), read_fisher(earlier)
+    source = ModelConfig(weights=str(checkpoint_at(earlier) / "model.safetensors"))
     losses, distances = {}, {}
     for name, strength, tasks in (("free", 0.0, 0), ("held", 1e6, 1), ("two", 5e5, 2)):
         run_dir = tmp_path / name

@@ -13,16 +13,19 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tldist import backbones, checkpoint, config, fit, phase, worker
-from tldist.backbones import Segment
-from tldist.batchnorm import set_modes
-from tldist.checkpoint import Plateau, TrainState
+from tldist import config
+from tldist.checkpoints import checkpoint
+from tldist.checkpoints.checkpoint import Plateau, TrainState
+from tldist.checkpoints.saver import NotWritten, Saver
 from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
-from tldist.evaluate import Evaluation
+from tldist.models import backbones
+from tldist.models.backbones import Segment
+from tldist.models.batchnorm import set_modes
 from tldist.objectives.anchor import AnchorPenalty, Pull
-from tldist.phase import WeightAverage, freeze
 from tldist.plan import Phase, build_plan
-from tldist.saver import NotWritten, Saver
+from tldist.train import fit, phase, worker
+from tldist.train.evaluate import Evaluation
+from tldist.train.phase import WeightAverage, freeze
 
 
 def settings(photos: Path, run_dir: Path, **sections: Any) -> RunConfig:
@@ -165,7 +168,7 @@ def scores(monkeypatch: pytest.MonkeyPatch, tops: list[float]) -> None:
         return Evaluation(torch.arange(100), labels, predicted, torch.ones(100), torch.ones(100))
 
     monkeypatch.setattr(fit, "evaluate_model", evaluation)
-    monkeypatch.setattr("tldist.resume.predictions", lambda *_: {"classes": [], "samples": []})
+    monkeypatch.setattr("tldist.train.resume.predictions", lambda *_: {"classes": [], "samples": []})
 
 
 def test_gradual_on_a_plateau_unfreezes_when_validation_stands_still(

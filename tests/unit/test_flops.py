@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tldist import backbones, flops
-from tldist.backbones import Segment, StagedModel
 from tldist.config import ModelConfig
-from tldist.flops import StepFlops, count_flops, mfu, peak_flops
-from tldist.prefix import Prefix
+from tldist.models import backbones, flops
+from tldist.models.backbones import Segment, StagedModel
+from tldist.models.flops import StepFlops, count_flops, mfu, peak_flops
+from tldist.models.prefix import Prefix
 
 STEM = 2 * 112**2 * 64 * 3 * 7**2
 """The first convolution of a ResNet at 224: its input, the image, needs no gradient."""

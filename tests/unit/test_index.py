@@ -15,10 +15,10 @@ import pytest
 from PIL import Image, ImageFile
 
 from tldist.config import UserError
-from tldist.data import index as index_module
-from tldist.data import verify as verify_module
-from tldist.data.index import Split, build_index, load_index, save_index, subset
-from tldist.data.verify import cache_path, orientation
+from tldist.data.source import index as index_module
+from tldist.data.source import verify as verify_module
+from tldist.data.source.index import Split, build_index, load_index, save_index, subset
+from tldist.data.source.verify import cache_path, orientation
 
 DATA = Path(os.environ.get("TLDIST_DATA") or Path(__file__).parents[3] / "shared" / "data")
 

@@ -11,13 +11,13 @@ import torch
 from torchvision.transforms.v2 import functional as v2
 
 from tldist.config import DataConfig, UserError
-from tldist.data import loader as loaders
-from tldist.data.bad_images import DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
-from tldist.data.index import Index, build_index
-from tldist.data.loader import Batch, Loader, open_loader
+from tldist.data.load.bad_images import DecodeError
+from tldist.data.load.loader import Batch, Loader
+from tldist.data.load.open import loader_kind, open_loader
+from tldist.data.load.torchvision_loader import write_square
 from tldist.data.presets import BINS, POLICY_OPS, PRESETS, AugmentSpec, PolicyName, augment_spec
-from tldist.data.torchvision_loader import write_square
+from tldist.data.source.index import Index, build_index
 
 CPU = torch.device("cpu")
 SIDE = 40
@@ -138,13 +138,13 @@ def test_each_operation_of_a_policy_is_dalis(photos: Path, policy: PolicyName, o
 
 def test_auto_takes_dali_on_gpus_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda")
-    assert loaders.loader_kind(DataConfig(), cuda) == "dali"
-    assert loaders.loader_kind(DataConfig(), CPU) == "torchvision"
-    assert loaders.loader_kind(DataConfig(loader="dali"), CPU) == "dali"
+    assert loader_kind(DataConfig(), cuda) == "dali"
+    assert loader_kind(DataConfig(), CPU) == "torchvision"
+    assert loader_kind(DataConfig(loader="dali"), CPU) == "dali"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert loaders.loader_kind(DataConfig(), cuda) == "torchvision"
+    assert loader_kind(DataConfig(), cuda) == "torchvision"
     with pytest.raises(UserError, match="DALI is not installed"):
-        loaders.loader_kind(DataConfig(loader="dali"), CPU)
+        loader_kind(DataConfig(loader="dali"), CPU)
 
 
 @pytest.mark.parametrize("flip", [False, True])

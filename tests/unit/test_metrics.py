@@ -10,7 +10,7 @@ import torch
 from conftest import run_ranks
 
 from tldist import dist
-from tldist.metrics import Reading, TrainMeter, peak_memory_gib, reset_peak_memory
+from tldist.train.metrics import Reading, TrainMeter, peak_memory_gib, reset_peak_memory
 
 CPU = torch.device("cpu")
 GIB = 2**30

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from tldist.config import UserError
-from tldist.data import mnist_m
-from tldist.data.decode import read_rgb
-from tldist.data.domains import build_domains
-from tldist.data.index import build_index
-from tldist.data.mnist_m import SIDE, blend, make_mnist_m, read_mnist
-from tldist.data.shards import check_bytes
+from tldist.data.load.decode import read_rgb
+from tldist.data.make import mnist_m
+from tldist.data.make.mnist_m import SIDE, blend, make_mnist_m, read_mnist
+from tldist.data.source.domains import build_domains
+from tldist.data.source.index import build_index
+from tldist.data.source.shards import check_bytes
 from tldist_launcher.cli import main
 
 

@@ -19,18 +19,20 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as v2
 
-from tldist import config, worker
+from tldist import config
 from tldist.config import DataConfig, ModelConfig, RunConfig, TrackingConfig, TrainConfig
-from tldist.data import pixels as cache
 from tldist.data.augment import draw_views, evaluation_sizes
-from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, train_batches
-from tldist.data.decode import read_rgb
-from tldist.data.index import Index, build_index
-from tldist.data.loader import Read, open_loader
-from tldist.data.pixels import NAME, Pixels, available_memory, open_pixels
+from tldist.data.load import pixels as cache
+from tldist.data.load.bad_images import BadImages, DecodeError
+from tldist.data.load.decode import read_rgb
+from tldist.data.load.loader import Read
+from tldist.data.load.open import open_loader
+from tldist.data.load.pixels import NAME, Pixels, available_memory, open_pixels
+from tldist.data.load.torchvision_loader import TorchvisionLoader
 from tldist.data.presets import PRESETS, AugmentSpec
-from tldist.data.torchvision_loader import TorchvisionLoader
+from tldist.data.source.index import Index, build_index
+from tldist.train import worker
 
 CPU = torch.device("cpu")
 SIDE = 40

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from tldist import backbones
 from tldist.config import STRATEGIES, ModelConfig, OptimConfig, StrategyConfig, StrategyName, UserError
 from tldist.engine import numerics
 from tldist.engine.single import SingleEngine
+from tldist.models import backbones
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState, parameter_groups, schedule_factor
-from tldist.phase import freeze
 from tldist.plan import Phase, Plan, build_plan
+from tldist.train.phase import freeze
 
 STAGES = backbones.stage_names("resnet18")
 

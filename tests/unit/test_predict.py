@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tldist import checkpoint
+from tldist.checkpoints import checkpoint
 from tldist.config import UserError
 from tldist.data.augment import draw_views
-from tldist.data.files import find_files
+from tldist.data.load.torchvision_loader import evaluation_square, show
 from tldist.data.presets import AugmentSpec
-from tldist.data.torchvision_loader import evaluation_square, show
-from tldist.predict import predict
-from tldist.trained import open_run, validation_images
+from tldist.data.source.files import find_files
+from tldist.trained.model import open_run, validation_images
+from tldist.trained.predict import predict
 from tldist_launcher.cli import main
 
 PROBLEMS = {

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tldist import backbones, config, phase, worker
-from tldist.batchnorm import synchronise
+from tldist import config
 from tldist.config import (
     CacheConfig,
     DataConfig,
@@ -24,9 +23,12 @@ from tldist.config import (
     TrackingConfig,
     TrainConfig,
 )
-from tldist.flops import StepFlops
+from tldist.models import backbones
+from tldist.models.batchnorm import synchronise
+from tldist.models.flops import StepFlops
+from tldist.models.prefix import Prefix, fold_batchnorm
 from tldist.plan import build_plan
-from tldist.prefix import Prefix, fold_batchnorm
+from tldist.train import phase, worker
 
 
 def model_with_statistics(name: Any = "resnet18") -> backbones.StagedModel:

@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tldist import preview
 from tldist.config import DataConfig
-from tldist.data.bad_images import BadImages, DecodeError
 from tldist.data.batches import plan_batch
-from tldist.data.index import Index, build_index
-from tldist.data.loader import open_loader
+from tldist.data.load.bad_images import BadImages, DecodeError
+from tldist.data.load.open import open_loader
 from tldist.data.mixing import draw_mix, mixed_targets, step_generator
 from tldist.data.presets import augment_spec
-from tldist.preview import EPOCHS, IMAGES, MIXED_STEPS, contact_sheet
+from tldist.data.source.index import Index, build_index
+from tldist.train import preview
+from tldist.train.preview import EPOCHS, IMAGES, MIXED_STEPS, contact_sheet
 from tldist_launcher.cli import main
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ import synthetic_run
 from PIL import Image
 from synthetic_run import Shape
 
-from tldist import plots
-from tldist.report import write_comparison, write_report
+from tldist.report import plots
+from tldist.report.run_page import write_comparison, write_report
 from tldist.tracking import wording
 from tldist.tracking.runlog import RunLog, read
 

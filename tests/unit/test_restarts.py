@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tldist import control
 from tldist.config import LaunchConfig, RunConfig, TrainingFailed
-from tldist_launcher import ray
-from tldist_launcher.ray import WorkersLost
+from tldist.guard import control
+from tldist_launcher.start import ray
+from tldist_launcher.start.ray import WorkersLost
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from tldist import checkpoint, config, control, fit, worker
+from tldist import config
+from tldist.checkpoints import checkpoint
 from tldist.config import (
     CacheConfig,
     CheckpointConfig,
@@ -30,9 +31,11 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.evaluate import Evaluation
-from tldist_launcher.arguments import parse_resume
-from tldist_launcher.launch import only_one, resume
+from tldist.guard import control
+from tldist.train import fit, worker
+from tldist.train.evaluate import Evaluation
+from tldist_launcher.start.arguments import parse_resume
+from tldist_launcher.start.launch import only_one, resume
 
 pytestmark = pytest.mark.usefixtures("two_domains")
 
@@ -74,7 +77,7 @@ STEPS_PER_EPOCH = 5
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tldist import backbones
+    from tldist.models import backbones
 
     path = tmp_path_factory.mktemp("source") / "weights.safetensors"
     safetensors.torch.save_file(backbones.build(ModelConfig(weights="none"), 5, 32, 3).torchvision_state(), path)
@@ -325,7 +328,7 @@ def test_killed_and_resumed_through_the_command_line(photos: Path, tmp_path: Pat
 
 class TestCommandLine:
     def run_dir(self, photos: Path, tmp_path: Path) -> Path:
-        from tldist.data.index import build_index, save_index
+        from tldist.data.source.index import build_index, save_index
 
         made = RunConfig(run_dir=str(tmp_path), data=DataConfig(root=str(photos), batch_size=8, image_size=32))
         config.save(made, tmp_path / "config.yaml")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tldist.tracking import runlog
-from tldist_launcher import machine
 from tldist_launcher.cli import main
-from tldist_launcher.runs import Queued, Watch, first_step, job_of, queue, state_of
+from tldist_launcher.commands import machine
+from tldist_launcher.slurm.runs import Queued, Watch, first_step, job_of, queue, state_of
 
 RUN = {"event": "run", "time": 1.0, "recipe": "folder", "epochs": 3, "steps_per_epoch": 2, "plan": [{}, {}]}
 ROWS: list[dict[str, Any]] = [

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from tldist import backbones
 from tldist.config import OptimConfig, StrategyConfig
+from tldist.models import backbones
 from tldist.optim import schedule_factor
 from tldist.plan import Plan, build_plan
 

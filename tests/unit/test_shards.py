@@ -26,7 +26,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from tldist import config, fit, report, worker
+from tldist import config
 from tldist.config import (
     CheckpointConfig,
     DataConfig,
@@ -37,16 +37,19 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
-from tldist.data import sharding, shards
-from tldist.data.bad_images import DecodeError
 from tldist.data.batches import BatchPlan, Worker, eval_batches, num_lanes, shard_order, train_batches, train_ids
-from tldist.data.decode import read_rgb
-from tldist.data.index import Index, Split, build_index, load_index, save_index, with_train_subset
-from tldist.data.loader import open_loader
-from tldist.data.pixels import open_pixels
+from tldist.data.load.bad_images import DecodeError
+from tldist.data.load.decode import read_rgb
+from tldist.data.load.open import open_loader
+from tldist.data.load.pixels import open_pixels
+from tldist.data.make import sharding
+from tldist.data.make.sharding import write_shards
 from tldist.data.presets import PRESETS, AugmentSpec
-from tldist.data.sharding import write_shards
-from tldist.data.shards import MANIFEST, Members, read_path
+from tldist.data.source import shards
+from tldist.data.source.index import Index, Split, build_index, load_index, save_index, with_train_subset
+from tldist.data.source.shards import MANIFEST, Members, read_path
+from tldist.report import run_page as report
+from tldist.train import fit, worker
 from tldist_launcher.cli import main
 
 CPU = torch.device("cpu")
@@ -614,7 +617,7 @@ def settings(root: Path, run_dir: Path, weights: str) -> RunConfig:
 def test_training_on_shards_and_resuming_inside_an_epoch(
     photos_in_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tldist import backbones
+    from tldist.models import backbones
 
     source = str(tmp_path / "weights.safetensors")
     safetensors.torch.save_file(backbones.build(ModelConfig(weights="none"), 5, 32, 3).torchvision_state(), source)

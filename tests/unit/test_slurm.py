@@ -15,11 +15,11 @@ import pytest
 
 from tldist import config
 from tldist.config import UserError
-from tldist_launcher.arguments import flag_types
 from tldist_launcher.cli import main
-from tldist_launcher.slurm import array_numbers, parse_submit, render, script, seconds_of
-from tldist_launcher.study import open_folder, resolved
-from tldist_launcher.study_file import read_file
+from tldist_launcher.slurm.submit import array_numbers, parse_submit, render, script, seconds_of
+from tldist_launcher.start.arguments import flag_types
+from tldist_launcher.study.command import open_folder, resolved
+from tldist_launcher.study.file import read_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "slurm").iterdir())

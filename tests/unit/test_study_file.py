@@ -12,9 +12,9 @@ from test_cli import said
 
 from tldist import config
 from tldist.config import TrainingFailed, UserError
-from tldist.study import read_study
-from tldist_launcher.launch import absolute, launch
-from tldist_launcher.study import (
+from tldist.study.log import read_study
+from tldist_launcher.start.launch import absolute, launch
+from tldist_launcher.study.command import (
     check,
     close_search,
     conclude,
@@ -28,8 +28,8 @@ from tldist_launcher.study import (
     resolved,
     same_run,
 )
-from tldist_launcher.study_file import Study, find_study, named_studies, read_file, write_file
-from tldist_launcher.trial import run_job, write_json
+from tldist_launcher.study.file import Study, find_study, named_studies, read_file, write_file
+from tldist_launcher.study.trial import run_job, write_json
 
 FLAGS = {
     "model.weights": "none", "data.image_size": 32, "data.batch_size": 8, "train.epochs": 1,
@@ -327,7 +327,7 @@ def test_where_all_configurations_failed_nothing_is_chosen_and_all_are_tried_aga
 
 
 def test_optuna_learns_of_failures_and_suggests_first_what_is_tried_again(photos: Path, tmp_path: Path) -> None:
-    tune = pytest.importorskip("tldist_launcher.tune")
+    tune = pytest.importorskip("tldist_launcher.study.tune")
     study = searching(tmp_path, photos, {0.2: "finished", 0.3: "failed"})
     searcher = tune.optuna_of(study, list(read_study(study.folder).trials))
     states = {trial.params["optim.base_lr"]: trial.state.name for trial in searcher._ot_study.trials}

@@ -12,8 +12,8 @@ import pytest
 import synthetic_study
 from test_report import Page, assert_self_contained
 
-from tldist.study import read_study
-from tldist.study_report import as_csv, as_json, conclusions, families, markdown, table_of, write_study
+from tldist.study.log import read_study
+from tldist.study.page import as_csv, as_json, conclusions, families, markdown, table_of, write_study
 
 TWO_AXES = {"strategy.name": ["partial", "full"], "data.mixup": ["0.0", "0.2"]}
 FOUR_ARMS = {"partial/0.0": (0.80, 300), "partial/0.2": (0.80, 300), "full/0.0": (0.90, 200), "full/0.2": (0.91, 200)}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tldist_launcher import sync
 from tldist_launcher.cli import main
+from tldist_launcher.commands import sync
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,13 @@ import safetensors.torch
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
 
-from tldist import backbones, worker
 from tldist.config import ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig, UserError
-from tldist.transfer_gain import Gain, arm, check, gain, sentence
-from tldist.transfer_score import logme, probe
-from tldist_launcher import transfer
+from tldist.models import backbones
+from tldist.train import worker
+from tldist.transfer.gain import Gain, arm, check, gain, sentence
+from tldist.transfer.score import logme, probe
 from tldist_launcher.cli import main
+from tldist_launcher.commands import transfer
 
 QUICK = [
     "--data.image-size", "32", "--data.batch-size", "8", "--train.epochs", "1", "--train.precision", "fp32",

@@ -14,11 +14,11 @@ import pytest
 from conftest import long
 from test_study_file import FLAGS, read, written
 
-from tldist.study import read_study, state_of
-from tldist_launcher.launch import is_running, launch
-from tldist_launcher.study import resolved
-from tldist_launcher.study_file import Job
-from tldist_launcher.trial import STOPPED, TrialProcess, run_job, write_json
+from tldist.study.log import read_study, state_of
+from tldist_launcher.start.launch import is_running, launch
+from tldist_launcher.study.command import resolved
+from tldist_launcher.study.file import Job
+from tldist_launcher.study.trial import STOPPED, TrialProcess, run_job, write_json
 
 OWNER = """
 import sys, time

@@ -17,16 +17,10 @@ import safetensors.torch
 import torch
 from conftest import long
 
-from tldist import config, worker
-from tldist.config import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    StrategyConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from tldist import config
+from tldist.config import DataConfig, ModelConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
 from tldist.tracking.wandb_files import parts, read
+from tldist.train import worker
 
 Row = dict[str, Any]
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tldist.config import LaunchConfig, RunConfig, UserError
-from tldist.hang import Sign, judge
+from tldist.guard.hang import Sign, judge
+from tldist.guard.watchdog import Watchdog, forget, hung, verdict_file
 from tldist.rules import validate
-from tldist.watchdog import Watchdog, forget, hung, verdict_file
 
 LOGS = Path("run/logs")
 

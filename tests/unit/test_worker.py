@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tldist import config, worker
+from tldist import config
 from tldist.config import (
     DataConfig,
     ModelConfig,
@@ -24,6 +24,7 @@ from tldist.config import (
     TrainConfig,
     UserError,
 )
+from tldist.train import worker
 
 SUMMARY = {
     "recipe",
@@ -149,7 +150,7 @@ def test_a_worker_on_a_cpu_refuses_what_needs_a_gpu(
 
 def test_a_failure_is_recorded(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = settings(photos, tmp_path / "run")
-    monkeypatch.setattr("tldist.fit.evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr("tldist.train.fit.evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         worker.run(config.to_json(made))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

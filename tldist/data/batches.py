@@ -12,9 +12,9 @@ import numpy as np
 
 from tldist.config import DataConfig
 from tldist.data.augment import Views, draw_views
-from tldist.data.index import Split
 from tldist.data.presets import AugmentSpec
-from tldist.data.shards import Members, Place
+from tldist.data.source.index import Split
+from tldist.data.source.shards import Members, Place
 
 MOST_LANES = 64
 """Places in the shards from which one step reads: enough for as many workers to have shards of their own, and few

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tldist.backbones import Segment
 from tldist.config import StrategyConfig
+from tldist.models.backbones import Segment
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.objectives.base import Objective
 from tldist.objectives.domains import DANN, MMD, discriminator

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tldist.backbones import Segment
+from tldist.models.backbones import Segment
 
 
 @dataclass(frozen=True)

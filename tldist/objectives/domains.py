@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tldist import dist
-from tldist.backbones import Segment
+from tldist.models.backbones import Segment
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.objectives.base import StepOutput, Targets
 from tldist.objectives.supervised import Supervised

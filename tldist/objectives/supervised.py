@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tldist.backbones import Segment
+from tldist.models.backbones import Segment
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist_kernels import mixed_cross_entropy

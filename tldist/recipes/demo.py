@@ -5,15 +5,7 @@ What each strategy reached is printed by `tldist demo` as measured, beside the s
 
 from dataclasses import replace
 
-from tldist.config import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    StrategyConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from tldist.config import DataConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrackingConfig, TrainConfig
 
 SOURCE_CLASSES = ("0", "1", "2", "3", "4")
 TARGET_CLASSES = ("5", "6", "7", "8", "9")

@@ -194,7 +194,7 @@ def _thumbnail(path: Path) -> Any:
     """A small upright copy of an image file or tar's member; None where it cannot be read."""
     from PIL import Image, ImageOps
 
-    from tldist.data.shards import read_path
+    from tldist.data.source.shards import read_path
 
     try:
         with Image.open(io.BytesIO(read_path(path))) as image:

@@ -1,7 +1,8 @@
 """On the PYTHONPATH of Ray's workers: notes every training step and every checkpoint written, beside the product.
 
 Python imports this module in each process that starts. Where TLDIST_OBSERVE names a folder, it waits for
-`tldist.fit` and `tldist.checkpoint` to be imported and wraps one function of each; FOLDER/RUN/PID.jsonl tells.
+`tldist.train.fit` and `tldist.checkpoints.checkpoint` to be imported and wraps one function of each, which then
+writes to FOLDER/RUN/PID.jsonl.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ def watch_saves(checkpoint: ModuleType) -> None:
     checkpoint.save = save  # type: ignore[attr-defined]
 
 
-WATCHED: dict[str, Callable[[ModuleType], None]] = {"tldist.fit": watch_steps, "tldist.checkpoint": watch_saves}
+WATCHED: dict[str, Callable[[ModuleType], None]] = {
+    "tldist.train.fit": watch_steps,
+    "tldist.checkpoints.checkpoint": watch_saves,
+}
 
 
 class Finder(importlib.abc.MetaPathFinder):

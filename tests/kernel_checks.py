@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from tldist_kernels import Backend, mix_normalize, mix_normalize_reference, mixed_cross_entropy, mmd
-from tldist_kernels.mixing import Mixing
-from tldist_kernels.mmd import MULTIPLES
+from tldist_kernels.mixing_spec import Mixing
+from tldist_kernels.mmd_formula import MULTIPLES
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

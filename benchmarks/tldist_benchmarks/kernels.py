@@ -38,8 +38,9 @@ from tldist_kernels import (
     mmd,
     mmd_reference,
 )
-from tldist_kernels.mixing import Mixing, affine, affine_row, mix_affine
-from tldist_kernels.mmd import MULTIPLES
+from tldist_kernels.mixing import mix_affine
+from tldist_kernels.mixing_spec import Mixing, affine, affine_row
+from tldist_kernels.mmd_formula import MULTIPLES
 
 if TYPE_CHECKING:
     from tldist_benchmarks.results import Result, View

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tldist_kernels.mixing import Mixing
+from tldist_kernels.mixing_spec import Mixing
 
 VALUES_PER_PROGRAM = 2048
 NUM_WARPS = 4

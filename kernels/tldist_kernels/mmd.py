@@ -23,28 +23,23 @@ distance to itself is 0 by definition, not by subtraction.
 # once_differentiable hides parameter names.
 
 import contextlib
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from tldist_kernels.backend import Backend, use_triton
+from tldist_kernels.mmd_formula import (
+    MULTIPLES,
+    PairWeights,
+    centred,
+    kernel_rates,
+    mean_squared_norm_distance,
+    pair_weights,
+)
 
-MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
-_SMALLEST_BANDWIDTH = 1e-30
-"""Where all rows are equal their mean distance is 0, and 0 / 0 would be NaN."""
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-class PairWeights(NamedTuple):
-    """What k of two different rows counts for, by the batches they come from, and what rows with themselves add."""
-
-    source: float
-    target: float
-    cross: float
-    own: float
 
 
 def mmd(
@@ -85,7 +80,7 @@ def mean_squared_distance(source_ND: torch.Tensor, target_MD: torch.Tensor) -> t
 
     sum_ij ||z_i - z_j||^2 = 2 T sum_i ||z_i||^2 - 2 ||sum_i z_i||^2, whose last term is 0 once z is centred.
     """
-    return _mean_squared_distance(centred(source_ND.detach(), target_MD.detach()).square().sum(1))
+    return mean_squared_norm_distance(centred(source_ND.detach(), target_MD.detach()).square().sum(1))
 
 
 def mmd_reference(
@@ -170,13 +165,6 @@ class _MMDOnHost(torch.autograd.Function):
         return grad_TD[:N], grad_TD[N:], None, None, None
 
 
-def centred(source_ND: torch.Tensor, target_MD: torch.Tensor) -> torch.Tensor:
-    """z_TD: both batches as one, less their joint mean (a constant), in float32 (float64 for float64)."""
-    z_TD = torch.cat((source_ND, target_MD))
-    z_TD = z_TD.to(torch.float64 if z_TD.dtype == torch.float64 else torch.float32)
-    return z_TD.sub_(z_TD.detach().mean(0))
-
-
 def _gram(z_TD: torch.Tensor, N: int) -> torch.Tensor:
     """z @ z.t(), with one of the two quadrants between the batches copied from the other."""
     gram_TT = z_TD.new_empty(z_TD.shape[0], z_TD.shape[0])
@@ -203,43 +191,10 @@ def _kernels_and_slopes(
     return k_TT, slope_TT
 
 
-def kernel_rates(
-    multiples: Sequence[float], bandwidth: torch.Tensor | float | None, norms_T: torch.Tensor
-) -> torch.Tensor:
-    """rates_U = 1 / (bandwidth * multiple), in the dtype and on the device of the centred rows' squared norms."""
-    norms_T = norms_T.detach()
-    if bandwidth is None:
-        bandwidth = _mean_squared_distance(norms_T)
-    elif isinstance(bandwidth, torch.Tensor):
-        bandwidth = bandwidth.detach().to(norms_T.dtype).reshape(())
-    else:
-        bandwidth = torch.full((), bandwidth, dtype=norms_T.dtype, device=norms_T.device)
-    multiples_U = _tensor_of(tuple(multiples), norms_T.dtype, norms_T.device)
-    return (bandwidth.clamp_min(_SMALLEST_BANDWIDTH) * multiples_U).reciprocal()
-
-
-def pair_weights(N: int, M: int, kernels: int, unbiased: bool) -> PairWeights:
-    """The shares of pairs in the means; a row with itself has k = `kernels`, the number of bandwidths."""
-    if unbiased:
-        return PairWeights(1 / (N * (N - 1)), 1 / (M * (M - 1)), -1 / (N * M), 0.0)
-    return PairWeights(1 / N**2, 1 / M**2, -1 / (N * M), kernels / N + kernels / M)
-
-
 def _weighted_sum(k_TT: torch.Tensor, N: int, weights: PairWeights) -> torch.Tensor:
     """MMD^2 from k of all pairs, 0 on the diagonal."""
     within = weights.source * k_TT[:N, :N].sum() + weights.target * k_TT[N:, N:].sum()
     return within + 2.0 * weights.cross * k_TT[:N, N:].sum() + weights.own
-
-
-def _mean_squared_distance(norms_T: torch.Tensor) -> torch.Tensor:
-    """From the squared norms of centred rows."""
-    return 2.0 / (norms_T.shape[0] - 1) * norms_T.sum()
-
-
-@functools.lru_cache(maxsize=64)
-def _tensor_of(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Kept, as making one on a GPU waits for the host."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:

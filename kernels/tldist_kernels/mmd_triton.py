@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from tldist_kernels.mmd import PairWeights, centred, kernel_rates, pair_weights
+from tldist_kernels.mmd_formula import PairWeights, centred, kernel_rates, pair_weights
 
 PROGRAMS = 132
 """The SMs of an H100. A constant, so that every device adds in the same order."""

@@ -10,7 +10,7 @@ import torch
 from tests import kernel_checks
 from tests.kernel_checks import MEAN, STD, draw_features, draw_images, draw_mixing
 from tldist_kernels import HAS_TRITON, mix_normalize, mix_normalize_reference, mixed_cross_entropy, mmd
-from tldist_kernels.mixing import Mixing
+from tldist_kernels.mixing_spec import Mixing
 
 pytestmark = [
     pytest.mark.gpu,

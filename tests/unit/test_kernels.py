@@ -26,7 +26,8 @@ from tldist_kernels import (
     mmd,
     mmd_reference,
 )
-from tldist_kernels.mixing import Mixing, mix_normalize_cpu
+from tldist_kernels.mixing import mix_normalize_cpu
+from tldist_kernels.mixing_spec import Mixing
 
 ROOT = Path(__file__).parents[2]
 

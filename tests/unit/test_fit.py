@@ -394,3 +394,23 @@ class TestSaver:
         saver.close()
         assert checkpoint.read_weights(tmp_path / "best")["w"].tolist() == [1, 1, 1]
         assert [path.name for path in tmp_path.glob("epoch-*")] == ["epoch-0001"]
+
+
+def test_the_state_keeps_no_second_copy_of_what_the_engine_holds(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint gathers the whole optimizer; kept after it, ZeRO's shares would save no memory."""
+    kept: list[tuple[int, set[str], set[str]]] = []
+    real = fit.end_epoch
+
+    def watching(run: Any, live: Any, result: Any) -> None:
+        real(run, live, result)
+        trains = {name for name, parameter in live.network.named_parameters() if parameter.requires_grad}
+        kept.append((live.index, set(result.state.optimizer), trains))
+        assert not result.state.average
+
+    monkeypatch.setattr(fit, "end_epoch", watching)
+    strategy = StrategyConfig(name="two_phase", first_phase=0.5)
+    train(settings(photos, tmp_path / "run", strategy=strategy, train=TrainConfig(epochs=2, precision="fp32", ema=0.9)))
+    assert [index for index, _, _ in kept] == [0, 1]
+    assert all(not names & trains for _, names, trains in kept)

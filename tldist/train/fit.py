@@ -24,7 +24,7 @@ from tldist.plan import Phase
 from tldist.train.evaluate import Evaluation, evaluate
 from tldist.train.metrics import ThroughputClock, Window, peak_memory_gib
 from tldist.train.phase import LivePhase, begin_phase
-from tldist.train.resume import FitResult, position, record, restore_best, resume, save_checkpoint
+from tldist.train.resume import FitResult, hand_over, position, record, restore_best, resume, save_checkpoint
 from tldist.train.run import Run
 
 Item = TypeVar("Item")
@@ -79,6 +79,9 @@ def run_phase(run: Run, index: int, result: FitResult, resumed: bool = False) ->
     run.saver.flush()
     tell_news(run)
     run.watchdog.beat("closing the phase")
+    if index + 1 < len(run.plan.phases):
+        with live.engine.whole():
+            hand_over(state, live)
     live.engine.close()
     live.inputs.close()
     if live.is_compiled or live.prefix.is_compiled:

@@ -187,6 +187,9 @@ def begin_phase(run: Run, index: int, state: TrainState, resumed: bool = False) 
     objective.load_own(state.objective)
     average = WeightAverage(network, config.train.ema, state.average) if config.train.ema else None
     engine = build_engine(config.engine, objective, phase, config.optim, run.numbers, state.optimizer)
+    # The engine and the average hold theirs from here on; the state keeps the moments of what this phase freezes.
+    state.optimizer = {name: moments for name, moments in state.optimizer.items() if phase.multiple(name) == 0}
+    state.average, state.objective = {}, {}
     device = run.numbers.device
     clock, meter = ThroughputClock(device), TrainMeter(device)
     return LivePhase(index, phase, prefix, inputs, network, engine, clock, meter, flops, average, compile_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,29 +135,42 @@ def save_checkpoint(
 ) -> None:
     """Where the run stands, under `names`; with the predictions of its evaluation, where there are any.
 
-    Collective, inside `engine.whole()`.
+    Collective, inside `engine.whole()`. What the engine's shards hold is gathered for the checkpoint alone: were it
+    kept, a ZeRO worker would hold the whole optimizer besides its share.
     """
-    state, done = result.state, position(run, result.state)
-    state.seconds = round(time.perf_counter() - result.started, 2)
-    state.optimizer = {**state.optimizer, **live.engine.optimizer_state()}
-    state.scaler = run.numbers.scaler.state_dict()
-    state.average = {} if live.average is None else live.average.state()
-    state.objective = live.engine.objective.own_state()
-    state.workers = live.own() if done else {}
+    done = position(run, result.state)
+    result.state.seconds = round(time.perf_counter() - result.started, 2)
+    saved = replace(with_live(result.state, live), scaler=run.numbers.scaler.state_dict())
+    saved.workers = live.own() if done else {}
     run.control.saved()
     if dist.is_main():
-        contents = snapshot_of(run, live, result, checkpoint.folder_name(state.epoch, done))
+        contents = snapshot_of(run, live, result, saved, checkpoint.folder_name(saved.epoch, done))
         if evaluation is not None:
             shown = predictions(evaluation, run.index.val, run.index.classes)
             contents.texts["predictions.json"] = json.dumps(shown)
             contents.texts["calibration.json"] = json.dumps({"temperature": evaluation.temperature})
         run.saver.save(names, contents)
-    state.workers = {}
 
 
-def snapshot_of(run: Run, live: LivePhase, result: FitResult, name: str) -> Snapshot:
+def with_live(state: TrainState, live: LivePhase) -> TrainState:
+    """The state with what the phase's engine, average and objective hold now. Collective, inside `engine.whole()`."""
+    return replace(
+        state,
+        optimizer={**state.optimizer, **live.engine.optimizer_state()},
+        average={} if live.average is None else live.average.state(),
+        objective=live.engine.objective.own_state(),
+    )
+
+
+def hand_over(state: TrainState, live: LivePhase) -> None:
+    """Keep what an ending phase leaves to the next one, which takes it again. Collective, inside `engine.whole()`."""
+    left = with_live(state, live)
+    state.optimizer, state.average, state.objective = left.optimizer, left.average, left.objective
+
+
+def snapshot_of(run: Run, live: LivePhase, result: FitResult, state: TrainState, name: str) -> Snapshot:
     """A copy of all that the run would need to go on from here."""
-    state, model = result.state, run.model.torchvision_state()
+    model = run.model.torchvision_state()
     averaged = {run.model.torchvision_names[name]: tensor for name, tensor in state.average.items()}
     evaluated, trains_on = {**model, **averaged}, model if averaged else None
     so_far = record(live, state, peak_memory_gib(run.numbers.device))

@@ -427,3 +427,14 @@ def test_login_is_found_in_the_environment_and_in_netrc(tmp_path: Path, monkeypa
 def test_importing_the_sink_does_not_import_wandb() -> None:
     code = "import sys, tldist.tracking.wandb; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_a_run_leaves_no_variable_behind_and_the_next_stages_in_its_own_folder(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    for name in ("first", "second"):
+        sink, said = connected(tmp_path / name)
+        staged_in = os.environ["WANDB_DATA_DIR"]
+        sink.close()
+        assert said == []
+        assert staged_in == str(tmp_path / name / "wandb")
+        assert dict(os.environ) == before

@@ -17,7 +17,7 @@ import secrets
 import shlex
 import string
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,16 +158,17 @@ class WandbSink:
     # What the thread does
 
     def _drain(self) -> None:
-        try:
-            self._start()
-            self._catch_up()
-            while (event := self._queue.get()) is not None:
-                self._log(event)
-            self._finish()
-        except Exception as error:
-            self._trouble = self._trouble or _brief(error)
-        # finish() returns up to a second before the file is written; the end of wandb-core waits for it.
-        _teardown()
+        with _variables(self._told.run_dir):
+            try:
+                self._start()
+                self._catch_up()
+                while (event := self._queue.get()) is not None:
+                    self._log(event)
+                self._finish()
+            except Exception as error:
+                self._trouble = self._trouble or _brief(error)
+            # finish() returns up to a second before the file is written; the end of wandb-core waits for it.
+            _teardown()
 
     def _finish(self) -> None:
         if self._exit_code == STOPPED:
@@ -271,13 +272,14 @@ class NodeMonitor:
         self._thread.start()
 
     def _watch(self, told: Mirrored) -> None:
-        try:
-            run = _init("shared", told, x_primary=False, x_update_finish_state=False)
-            self._over.wait()
-            run.finish()
-        except Exception as error:
-            self.trouble = _brief(error)
-        _teardown()
+        with _variables(told.run_dir):
+            try:
+                run = _init("shared", told, x_primary=False, x_update_finish_state=False)
+                self._over.wait()
+                run.finish()
+            except Exception as error:
+                self.trouble = _brief(error)
+            _teardown()
 
     def close(self) -> None:
         """Leave the run."""
@@ -340,14 +342,35 @@ def _resolve(mode: str) -> str:
     return "online" if mode == "shared" else mode
 
 
+@contextlib.contextmanager
+def _variables(run_dir: Path) -> Iterator[None]:
+    """Give W&B this run's folders while its run is open, where the user names no others.
+
+    They are taken back at the end: a later run of the same process would stage its files in this one's folder.
+    """
+    folder = (run_dir / "wandb").resolve()
+    defaults = {
+        # Tables are staged here until they are uploaded; W&B's own choice is the home directory.
+        "WANDB_DATA_DIR": str(folder),
+        "WANDB_CACHE_DIR": str(folder / "cache"),
+        # Or the login is announced before the settings are read. wandb.setup() would silence it, too, but it starts
+        # wandb-core under a lock that it takes once more if wandb-core dies at its start, and never returns (0.31).
+        "WANDB_SILENT": "true",
+    }
+    ours = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in ours.items():
+            if os.environ.get(name) == value:
+                del os.environ[name]
+
+
 def _init(mode: str, told: Mirrored, **more: Any) -> Any:
     import wandb
 
-    folder = (told.run_dir / "wandb").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    # Tables are staged here until they are uploaded; W&B's own choice is the home directory.
-    os.environ.setdefault("WANDB_DATA_DIR", str(folder))
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "cache"))
+    (told.run_dir / "wandb").mkdir(parents=True, exist_ok=True)
     if not os.environ.get("WANDB_MODE", "unset"):
         del os.environ["WANDB_MODE"]
     quiet = wandb.Settings(
@@ -361,9 +384,6 @@ def _init(mode: str, told: Mirrored, **more: Any) -> Any:
         x_label=told.label or None,
         **more,
     )
-    # Or the login is announced before `quiet` is read. wandb.setup() would silence it, too, but it starts wandb-core
-    # under a lock that it takes once more where wandb-core dies at its start, and never returns (0.31).
-    os.environ.setdefault("WANDB_SILENT", "true")
     run = wandb.init(mode=mode, dir=str(told.run_dir.resolve()), settings=quiet, **told.settings())  # pyright: ignore[reportArgumentType]
     if more:
         return run

@@ -290,8 +290,10 @@ def _place_of(thread: int) -> str:
     lines: list[str] = []
     while frame is not None:
         code = frame.f_code
-        line = f"{'/'.join(Path(code.co_filename).parts[-2:])}:{frame.f_lineno} {code.co_name}"
-        if str(frame.f_globals.get("__name__", "")).startswith("tldist"):
+        module, file = str(frame.f_globals.get("__name__", "")), Path(code.co_filename)
+        packages = module.count(".") + (file.name == "__init__.py")  # as many folders above the file are tldist's
+        line = f"{'/'.join(file.parts[-max(packages + 1, 2) :])}:{frame.f_lineno} {code.co_name}"
+        if module.startswith("tldist"):
             return line
         lines.append(line)
         frame = frame.f_back

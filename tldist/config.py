@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import operator
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -367,8 +370,27 @@ def to_json(config: RunConfig) -> str:
 
 
 def from_json(text: str) -> RunConfig:
-    """The config a launcher sent."""
-    return _ADAPTER.validate_json(text)
+    """The config a launcher sent. Raises UserError."""
+    try:
+        return _ADAPTER.validate_json(text)
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(error)) from error
+
+
+def check_types(config: RunConfig) -> None:
+    """Raise UserError where a config made in Python holds a value that its field does not allow.
+
+    Dataclasses take whatever they are given; files and the command line are checked when they are read.
+    """
+    given = dataclasses.asdict(config)
+    try:
+        allowed = dataclasses.asdict(_ADAPTER.validate_python(given))
+    except pydantic.ValidationError as error:
+        raise UserError(_first_problem(error)) from error
+    for name in flags():
+        value, converted = (functools.reduce(operator.getitem, name.split("."), values) for values in (given, allowed))
+        if value != converted or isinstance(value, bool) != isinstance(converted, bool):
+            raise UserError(f"{name} is {value!r}, of a wrong kind: give {converted!r}")
 
 
 def save(config: RunConfig, path: Path) -> None:
@@ -422,7 +444,10 @@ def _first_problem(error: pydantic.ValidationError) -> str:
     place = ".".join(str(part) for part in first["loc"]) or "the file"
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown key '{place}'{nearest(place, flags())}"
-    return f"{place}: {first['msg']} (found {first['input']!r})"
+    meant = ""
+    if first["type"] == "literal_error":
+        meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+    return f"{place}: {first['msg']} (found {first['input']!r}){meant}"
 
 
 def flags(cls: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 
-from tldist.config import DOMAINS, RunConfig, UserError
+from tldist.config import DOMAINS, RunConfig, UserError, check_types
 from tldist.data.presets import augment_spec
 
 
 def validate(config: RunConfig) -> None:
-    """Raise UserError for values no run can use."""
+    """Raise UserError for values no run can use, of whatever origin the config is."""
+    check_types(config)
     if not re.fullmatch(r"-?\d+(:\d+)?", str(config.launch.workers)):
         raise UserError(f"--launch.workers '{config.launch.workers}' is no number: give one, or two as in 2:8")
     augment_spec(config.data.augment)

@@ -389,7 +389,8 @@ def check_types(config: RunConfig) -> None:
         raise UserError(_first_problem(error)) from error
     for name in flags():
         value, converted = (functools.reduce(operator.getitem, name.split("."), values) for values in (given, allowed))
-        if value != converted or isinstance(value, bool) != isinstance(converted, bool):
+        is_nan = value != value and converted != converted  # a number, which its limits refuse
+        if (value != converted and not is_nan) or isinstance(value, bool) != isinstance(converted, bool):
             raise UserError(f"{name} is {value!r}, of a wrong kind: give {converted!r}")
 
 
@@ -446,7 +447,7 @@ def _first_problem(error: pydantic.ValidationError) -> str:
         return f"unknown key '{place}'{nearest(place, flags())}"
     meant = ""
     if first["type"] == "literal_error":
-        meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", first["ctx"]["expected"]))
+        meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", str(first.get("ctx", {}).get("expected"))))
     return f"{place}: {first['msg']} (found {first['input']!r}){meant}"
 
 

@@ -33,8 +33,18 @@ def validate_device(config: RunConfig, device: str) -> None:
         raise UserError("--engine.offload moves the optimizer from the GPU to the host, and there is no GPU: drop it")
 
 
-def _rules(c: RunConfig) -> list[tuple[bool, str]]:
-    """(is it wrong?, the sentence to say) for every rule that spans no machine."""
+Rule = tuple[bool, str]
+"""(is it broken?, the sentence that says so)"""
+
+
+def _rules(c: RunConfig) -> list[Rule]:
+    """Every rule that needs no machine; the first broken one is reported."""
+    relations = (_worker_rules, _pass_rules, _optim_rules, _cache_rules, _domain_rules, _strategy_rules)
+    return _limits(c) + [rule for rules in relations for rule in rules(c)]
+
+
+def _limits(c: RunConfig) -> list[Rule]:
+    """The range of each number by itself."""
     positive = {
         "--data.batch-size": c.data.batch_size,
         "--data.image-size": c.data.image_size,
@@ -87,10 +97,13 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
     rules += [(not 0 <= v < 1, f"{flag} is {v}: give a share from 0 to below 1") for flag, v in shares.items()]
     rules += [(not 0 <= v <= 1, f"{flag} is {v}: give a share from 0 to 1") for flag, v in inclusive.items()]
     numbers = {**positive, **not_negative}.items()
-    rules += [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
+    return rules + [(math.isinf(v), f"{flag} is {v}: give a finite number") for flag, v in numbers]
+
+
+def _worker_rules(c: RunConfig) -> list[Rule]:
+    """Workers and the engine that joins them."""
     workers, batch = c.launch.most, c.data.batch_size
     return [
-        *rules,
         (
             c.launch.least > workers,
             f"--launch.workers {c.launch.workers} asks for more workers at least than at most: write the smaller first",
@@ -118,6 +131,14 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             f"--launch.kind local runs one worker, not {workers}: use ray or --launch.workers 1",
         ),
         (c.seed >= 2**63, f"--seed is {c.seed}: give a number below 2^63"),
+    ]
+
+
+def _pass_rules(c: RunConfig) -> list[Rule]:
+    """Images that the network can take at once."""
+    batch = c.data.batch_size
+    share = batch // max(c.launch.most, 1)
+    return [
         (
             c.model.name.startswith("vit") and c.data.image_size % 16 != 0,
             f"--data.image-size {c.data.image_size} does not divide into {c.model.name}'s 16-pixel patches: "
@@ -133,10 +154,16 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "needs two: use a larger batch, less --train.accumulate, or another head",
         ),
         (
-            c.train.accumulate > batch // max(workers, 1),
-            f"--train.accumulate {c.train.accumulate} is more than a worker's {batch // max(workers, 1)} images of a "
+            c.train.accumulate > share,
+            f"--train.accumulate {c.train.accumulate} is more than a worker's {share} images of a "
             "step: use less, or a larger --data.batch-size",
         ),
+    ]
+
+
+def _optim_rules(c: RunConfig) -> list[Rule]:
+    """The schedule, and what holds weights near their start."""
+    return [
         (
             not 1 <= c.optim.restart_factor < math.inf,
             f"--optim.restart-factor is {c.optim.restart_factor}: give 1 or more",
@@ -158,8 +185,12 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
             "--optim.ewc holds weights where an earlier task left them, and this run starts without any: name that "
             "run in --model.weights, and another strategy than scratch",
         ),
-        *_cache_rules(c),
-        *_domain_rules(c),
+    ]
+
+
+def _strategy_rules(c: RunConfig) -> list[Rule]:
+    """Shares that a strategy splits by."""
+    return [
         (
             not 0 < c.strategy.decay <= 1,
             f"--strategy.decay is {c.strategy.decay}: give a factor above 0 and at most 1",
@@ -171,7 +202,7 @@ def _rules(c: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _domain_rules(c: RunConfig) -> list[tuple[bool, str]]:
+def _domain_rules(c: RunConfig) -> list[Rule]:
     """Two domains in one step."""
     name, paired = c.strategy.name, len(DOMAINS.get(c.strategy.name, ())) > 1
     return [
@@ -199,7 +230,7 @@ def _smallest_pass(c: RunConfig) -> int:
     return min((share // -(-share // limit) for share in shares if share), default=batch)
 
 
-def _cache_rules(c: RunConfig) -> list[tuple[bool, str]]:
+def _cache_rules(c: RunConfig) -> list[Rule]:
     """Features can be kept only of what is the same each time."""
     kind, mixed = c.cache.features, c.data.mixup > 0 or c.data.cutmix > 0
     known = kind in ("off", "exact") or re.fullmatch(r"views:[1-9]\d{0,3}", kind) is not None

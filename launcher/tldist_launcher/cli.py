@@ -60,12 +60,22 @@ def _help() -> str:
     return f"{title}\n\n{lines}\n\n{more}"
 
 
+DETAILS = {
+    "data": "commands.data",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
+    "predict": "commands.predict",
+    "study": "study.command",
+    "submit": "slurm.submit",
+}
+"""Command -> the module whose HELP says more about it."""
+
+
 def _details(name: str) -> str:
-    """What else a command's room has to say of it."""
-    if name not in ("data", "evaluate", "export", "predict", "study", "submit"):
+    """What a command's own module adds to its help."""
+    if name not in DETAILS:
         return ""
-    room = "slurm" if name == "submit" else name
-    return f"\n\n{importlib.import_module(f'tldist_launcher.{room}').HELP}"
+    return f"\n\n{importlib.import_module(f'tldist_launcher.{DETAILS[name]}').HELP}"
 
 
 def _train(words: Sequence[str]) -> int:

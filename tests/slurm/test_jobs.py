@@ -132,7 +132,9 @@ def test_what_a_user_sees(watched: Watched) -> None:
     assert any(line.split()[:2] == ["undisturbed", "done"] for line in listed), listed
     commit = json.loads((run.run_dir / "submit.json").read_text())["commit"]
     assert json.loads((run.run_dir / "environment.json").read_text())["commit"] == commit
-    assert (run.run_dir / "code" / "tldist" / "fit.py").read_bytes() == (ROOT / "tldist" / "fit.py").read_bytes()
+    assert (run.run_dir / "code" / "tldist" / "train" / "fit.py").read_bytes() == (
+        ROOT / "tldist" / "train" / "fit.py"
+    ).read_bytes()
     assert (run.run_dir / "job.sbatch").stat().st_mode & stat.S_IRUSR
 
 

@@ -266,7 +266,7 @@ def test_a_study_is_submitted_as_it_was_read(study: Path, sbatch: Path, capsys: 
     (sbatch.parent / "bin" / "squeue").write_text("#!/bin/sh\n")
     (sbatch.parent / "bin" / "squeue").chmod(0o755)
     assert main(words) == 0
-    assert (sbatch / "code" / "tldist" / "fit.py").exists()
+    assert (sbatch / "code" / "tldist" / "train" / "fit.py").exists()
     again = read_file(sbatch / "code" / "which.yaml", [], sbatch)
     assert again == resolved(read_file(study, ["--data.image-size", "64"], sbatch))
     open_folder(again)  # the job finds the study that was submitted

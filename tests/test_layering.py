@@ -176,7 +176,7 @@ def test_kernels_import_torch_and_triton_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("tldist.plan", "from tldist.train.fit import fit"),
+        ("tldist.plans", "from tldist.train.fit import fit"),
         ("tldist.checkpoints.checkpoint", "from tldist.engine import build_engine"),
         ("tldist.guard.hang", "import importlib\nimportlib.import_module('tldist.data.load.dali')"),
         ("tldist_benchmarks.strategies", "from tldist_launcher.cli import main"),

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from tldist.config import OptimConfig
 from tldist.models.backbones import HEAD
-from tldist.plan import Phase, Plan
+from tldist.plans import Phase, Plan
 
 OptimizerState = dict[str, dict[str, Tensor]]
 """Parameter name -> the optimizer's tensors for it (AdamW: step, exp_avg, exp_avg_sq)."""

@@ -107,7 +107,7 @@ def _logs(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    from tldist_launcher.commands.plan_table import print_plan
+    from tldist.train.plan_table import print_plan
     from tldist_launcher.start.arguments import parse_run
 
     print_plan(parse_run(words, "plan"))

@@ -41,7 +41,7 @@ from tldist.models import backbones
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState
-from tldist.plan import Phase
+from tldist.plans import Phase
 from tldist.train import fit, worker
 from tldist.train.phase import freeze
 

@@ -19,8 +19,9 @@ import yaml
 
 from tldist.study.log import read_study
 from tldist.tracking.runlog import parse
+from tldist.train.launch import is_running
 from tldist_launcher.cli import main
-from tldist_launcher.start.launch import is_running, launch
+from tldist_launcher.start.launch import launch
 from tldist_launcher.study.command import resolved
 from tldist_launcher.study.file import read_file
 

@@ -37,7 +37,7 @@ from tldist.models import backbones
 from tldist.models.batchnorm import synchronise, unsynchronise
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
-from tldist.plan import Phase
+from tldist.plans import Phase
 from tldist.train import fit, worker
 from tldist.train.evaluate import evaluate
 from tldist.train.inputs.inputs import to_input

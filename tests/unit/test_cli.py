@@ -15,9 +15,9 @@ import torchvision
 
 from tldist import config
 from tldist.config import RunConfig, UserError
+from tldist.train.launch import preflight
 from tldist_launcher.cli import main
 from tldist_launcher.start.arguments import flag_types, parse_run
-from tldist_launcher.start.launch import preflight
 
 # The contract: scripts in the field rely on these names.
 FLAGS = """--strategy.name --engine.kind --launch.workers --model.name --model.weights --data.root --data.batch-size

@@ -34,7 +34,7 @@ from tldist.models import backbones
 from tldist.models.batchnorm import part_by_domain
 from tldist.objectives.base import Targets
 from tldist.objectives.domains import DANN, MMD, discriminator, ramp, reverse_gradient, rows_of
-from tldist.plan import build_plan
+from tldist.plans import build_plan
 from tldist.rules import validate
 from tldist.train import worker
 from tldist.transfer import forgetting

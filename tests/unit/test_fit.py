@@ -22,7 +22,7 @@ from tldist.models import backbones
 from tldist.models.backbones import Segment
 from tldist.models.batchnorm import set_modes
 from tldist.objectives.anchor import AnchorPenalty, Pull
-from tldist.plan import Phase, build_plan
+from tldist.plans import Phase, build_plan
 from tldist.train import fit, phase, worker
 from tldist.train.evaluate import Evaluation
 from tldist.train.phase import WeightAverage, freeze

@@ -16,7 +16,7 @@ from tldist.models import backbones
 from tldist.objectives.base import Targets
 from tldist.objectives.supervised import Supervised
 from tldist.optim import OptimizerState, parameter_groups, schedule_factor
-from tldist.plan import Phase, Plan, build_plan
+from tldist.plans import Phase, Plan, build_plan
 from tldist.train.phase import freeze
 
 STAGES = backbones.stage_names("resnet18")

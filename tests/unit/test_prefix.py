@@ -27,7 +27,7 @@ from tldist.models import backbones
 from tldist.models.batchnorm import synchronise
 from tldist.models.flops import StepFlops
 from tldist.models.prefix import Prefix, fold_batchnorm
-from tldist.plan import build_plan
+from tldist.plans import build_plan
 from tldist.train import phase, worker
 
 

@@ -34,8 +34,9 @@ from tldist.config import (
 from tldist.guard import control
 from tldist.train import fit, worker
 from tldist.train.evaluate import Evaluation
+from tldist.train.launch import only_one
 from tldist_launcher.start.arguments import parse_resume
-from tldist_launcher.start.launch import only_one, resume
+from tldist_launcher.start.launch import resume
 
 pytestmark = pytest.mark.usefixtures("two_domains")
 

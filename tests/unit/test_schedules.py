@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from tldist.config import OptimConfig, StrategyConfig
 from tldist.models import backbones
 from tldist.optim import schedule_factor
-from tldist.plan import Plan, build_plan
+from tldist.plans import Plan, build_plan
 
 STAGES = backbones.stage_names("resnet18")
 SCHEDULES = get_args(OptimConfig.__dataclass_fields__["schedule"].type) or (

@@ -13,7 +13,8 @@ from test_cli import said
 from tldist import config
 from tldist.config import TrainingFailed, UserError
 from tldist.study.log import read_study
-from tldist_launcher.start.launch import absolute, launch
+from tldist.train.launch import absolute
+from tldist_launcher.start.launch import launch
 from tldist_launcher.study.command import (
     check,
     close_search,

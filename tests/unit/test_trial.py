@@ -15,7 +15,8 @@ from conftest import long
 from test_study_file import FLAGS, read, written
 
 from tldist.study.log import read_study, state_of
-from tldist_launcher.start.launch import is_running, launch
+from tldist.train.launch import is_running
+from tldist_launcher.start.launch import launch
 from tldist_launcher.study.command import resolved
 from tldist_launcher.study.file import Job
 from tldist_launcher.study.trial import STOPPED, TrialProcess, run_job, write_json

@@ -11,7 +11,7 @@ from tldist.engine.ddp import DDPEngine
 from tldist.engine.single import SingleEngine
 from tldist.objectives.base import Objective
 from tldist.optim import OptimizerState
-from tldist.plan import Phase
+from tldist.plans import Phase
 
 ENGINES: dict[str, Callable[..., Engine]] = {"single": SingleEngine, "ddp": DDPEngine}
 ZERO_STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}

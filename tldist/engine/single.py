@@ -11,7 +11,7 @@ from tldist.config import OptimConfig
 from tldist.engine.base import HeldBytes, Numerics, Stepped, stored_bytes
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist.optim import OptimizerState, build_optimizer, load_state, parameter_groups, read_state, set_learning_rates
-from tldist.plan import Phase
+from tldist.plans import Phase
 
 
 class SingleEngine:

@@ -23,7 +23,7 @@ from tldist.config import OptimConfig
 from tldist.engine.base import HeldBytes, Numerics, Stepped, stored_bytes
 from tldist.objectives.base import Objective, StepOutput, Targets
 from tldist.optim import OptimizerState, build_optimizer, parameter_groups, set_learning_rates
-from tldist.plan import Phase
+from tldist.plans import Phase
 
 _WHOLE = -1
 """Stands among the modules that use a parameter while `whole` holds it, so that no forward pass releases it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tldist import dist
 from tldist.models.backbones import Segment
-from tldist.plan import Phase
+from tldist.plans import Phase
 
 foreach: Any = torch  # whose stubs lack the operations over lists of tensors
 BatchNorm = nn.modules.batchnorm._BatchNorm

@@ -1,4 +1,4 @@
-"""What a strategy minimises; `plan.py` says what it trains."""
+"""What a strategy minimises; `plans.py` says what it trains."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tldist.models.batchnorm import flat, put_back
 from tldist.models.flops import mfu
 from tldist.objectives.base import Targets
 from tldist.optim import schedule_factor
-from tldist.plan import Phase
+from tldist.plans import Phase
 from tldist.train.evaluate import Evaluation, evaluate
 from tldist.train.metrics import ThroughputClock, Window, peak_memory_gib
 from tldist.train.phase import LivePhase, begin_phase

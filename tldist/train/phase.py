@@ -23,7 +23,7 @@ from tldist.objectives import Ingredients, build_objective
 from tldist.objectives.anchor import AnchorPenalty
 from tldist.objectives.base import Objective
 from tldist.objectives.domains import rows_of
-from tldist.plan import Phase
+from tldist.plans import Phase
 from tldist.train.inputs.inputs import Inputs, open_inputs, to_input
 from tldist.train.metrics import ThroughputClock, TrainMeter, reset_peak_memory
 from tldist.train.run import Run

@@ -17,7 +17,7 @@ from tldist.guard.control import Control
 from tldist.guard.watchdog import Watchdog
 from tldist.models.backbones import StagedModel
 from tldist.objectives.anchor import Pull
-from tldist.plan import Plan
+from tldist.plans import Plan
 from tldist.tracking.events import EventLog
 
 

@@ -10,7 +10,7 @@ from tldist import dist
 from tldist.data.source.index import Index
 from tldist.engine import engine_kind
 from tldist.models.backbones import StagedModel
-from tldist.plan import Plan
+from tldist.plans import Plan
 from tldist.tracking.environment import environment
 from tldist.tracking.wandb import WandbSink
 from tldist.train.fit import speed

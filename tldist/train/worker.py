@@ -34,7 +34,7 @@ from tldist.models.flops import peak_flops
 from tldist.objectives.anchor import Pull, joined
 from tldist.objectives.ewc import ewc
 from tldist.optim import is_anchored
-from tldist.plan import Plan, build_plan
+from tldist.plans import Plan, build_plan
 from tldist.report.run_page import write_report
 from tldist.rules import validate, validate_device
 from tldist.tracking.events import EventLog

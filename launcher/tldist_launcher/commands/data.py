@@ -18,9 +18,9 @@ from tldist.data.make.sharding import IMAGES_PER_SHARD, QUALITY, SEED, check_fol
 from tldist.data.presets import augment_spec
 from tldist.data.source.index import Index, build_index
 from tldist.data.source.shards import check_bytes, is_shards
+from tldist.tracking.progress import bar
 from tldist.train.preview import IMAGES, contact_sheet
 from tldist_launcher.start.arguments import at_least, parse_flags, parse_run, take_flags
-from tldist_launcher.start.progress import bar
 
 
 def fetch_command(words: Sequence[str]) -> int:

@@ -14,11 +14,11 @@ from rich.table import Table
 from tldist import dist
 from tldist.config import UserError
 from tldist.data.load.bad_images import DecodeError
+from tldist.tracking.progress import bar
 from tldist.tracking.wording import MISSING
 from tldist.trained.model import open_run, validation_images
 from tldist.trained.scores import BINS, Scores, logits_and_labels, scores
 from tldist_launcher.start.arguments import at_least, take_own
-from tldist_launcher.start.progress import bar
 
 HELP = f"""\
   --data.root: other data with classes of the model (its val split); default: the run's own validation images.

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tldist.config import UserError, nearest
 from tldist.data.load.bad_images import DecodeError
+from tldist.tracking.progress import bar
 from tldist.trained.export import OPSET, PROOF_IMAGES, TOLERANCE, NotTheSame, export
 from tldist.trained.exported import SUFFIXES
 from tldist.trained.model import open_run, validation_images
 from tldist_launcher.start.arguments import at_least, take_own
-from tldist_launcher.start.progress import bar
 
 HELP = f"""\
   --format: onnx (operator set {OPSET}) or torch_export (a .pt2 for torch.export.load).

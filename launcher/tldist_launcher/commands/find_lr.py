@@ -18,8 +18,8 @@ from tldist.data.source.index import save_index
 from tldist.report import plots
 from tldist.tracking.wording import MISSING
 from tldist.train.find_lr import Curve, Finding, Sweep, measure, read_curve, smoothed, trial
+from tldist.train.launch import absolute, preflight
 from tldist_launcher.start.arguments import as_number, parse_run, take_flags
-from tldist_launcher.start.launch import absolute, preflight
 
 FLAGS = {"--steps": "100", "--lowest": "1e-6", "--highest": "10", "--json": "", "--plot": ""}
 

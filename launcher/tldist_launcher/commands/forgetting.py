@@ -18,10 +18,10 @@ from tldist.guard import control
 from tldist.guard.watchdog import forget
 from tldist.objectives.ewc import FISHER_FILE, checkpoint_at
 from tldist.rules import validate
+from tldist.train.launch import launch_kind, only_one
 from tldist.transfer import fisher, forgetting
 from tldist.transfer.forgetting import FisherJob, Kept
 from tldist_launcher.start.arguments import as_number, take_flags
-from tldist_launcher.start.launch import launch_kind, only_one
 
 FISHER_FLAGS = {"--labels": "model", "--images": "0", "--launch.workers": "1"}
 

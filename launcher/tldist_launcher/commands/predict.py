@@ -14,11 +14,11 @@ from typing import Any
 from tldist import dist
 from tldist.config import UserError
 from tldist.data.source.files import find_files
+from tldist.tracking.progress import bar
 from tldist.trained.exported import SUFFIXES, open_exported
 from tldist.trained.model import Classifier, open_run
 from tldist.trained.predict import Prediction, predict
 from tldist_launcher.start.arguments import at_least, take_own
-from tldist_launcher.start.progress import bar
 
 HELP = """\
   RUN|FILE: a run directory (its best model), or a file that `tldist export` wrote.

@@ -17,11 +17,12 @@ from rich.table import Table
 from tldist import config, dist
 from tldist.config import ModelName, RunConfig, TrainingFailed, UserError, nearest
 from tldist.data.source.index import save_index
+from tldist.train.launch import absolute, preflight
 from tldist.transfer import forgetting
 from tldist.transfer.gain import ARMS, Arm, Gain, arm, check, gain, pairs, sentence
 from tldist.transfer.score import Score, candidate, score
 from tldist_launcher.start.arguments import as_number, parse_run, take_flags
-from tldist_launcher.start.launch import absolute, launch, preflight, resume
+from tldist_launcher.start.launch import launch, resume
 
 SCORE_FLAGS = {"--models": "", "--json": ""}
 

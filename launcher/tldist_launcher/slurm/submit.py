@@ -25,9 +25,9 @@ from tldist.rules import validate, validate_device
 from tldist.study.log import STUDY
 from tldist.tracking.environment import environment
 from tldist.train import worker
+from tldist.train.launch import absolute, make_run_dir, named_run_dir
 from tldist_launcher.slurm import study_job
 from tldist_launcher.start.arguments import as_number, parse_run, take_flags
-from tldist_launcher.start.launch import absolute, make_run_dir, named_run_dir
 from tldist_launcher.study.file import Study, write_file
 
 FLAGS = {

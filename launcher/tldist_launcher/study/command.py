@@ -38,9 +38,9 @@ from tldist.study.log import (
 from tldist.study.page import conclusions, table_of, write_study
 from tldist.tracking import wording
 from tldist.tracking.console import print_whole
+from tldist.train.launch import absolute, check_device, only_one, preflight
 from tldist.train.worker import plan_of
 from tldist_launcher.start.arguments import MAY_CHANGE, as_number, take_flags
-from tldist_launcher.start.launch import absolute, check_device, only_one, preflight
 from tldist_launcher.start.ray import on_ray
 from tldist_launcher.study.file import OWN, Axis, Job, Study, find_study, named_studies, read_file
 

@@ -22,7 +22,8 @@ from tldist.config import TrainingFailed, UserError
 from tldist.guard import control
 from tldist.guard.control import Stopped
 from tldist.study.log import FAILED, state_of
-from tldist_launcher.start.launch import is_running, launch, resume, undo
+from tldist.train.launch import is_running, undo
+from tldist_launcher.start.launch import launch, resume
 from tldist_launcher.study.file import Job
 
 POLL_S = 0.2

@@ -27,7 +27,7 @@ from tldist.guard import control
 from tldist.study.log import EVERY_EPOCH, METRICS, PRUNED, TRIAL, Trial, came_to, state_of, tried
 from tldist.tracking.runlog import Row, parse, read
 from tldist.tracking.wording import number, whole
-from tldist_launcher.start.launch import is_running
+from tldist.train.launch import is_running
 from tldist_launcher.study.file import Axis, Job, Study
 from tldist_launcher.study.trial import POLL_S, SAID_WHY, STOPPED, TrialProcess, write_json
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tldist.config import DOMAINS, OptimConfig, RunConfig, StrategyConfig
 from tldist.models import backbones
-from tldist.plan import Phase, Plan
+from tldist.plans import Phase, Plan
 from tldist.train.summary import describe_plan
 from tldist.train.worker import plan_of
 

@@ -18,42 +18,44 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("tldist", "tldist_kernels", "tldist_launcher", "tldist_benchmarks")
 
 ALLOWED: dict[str, str] = {
+    "api": "config dist recipes report rules tracking train trained",
     "backbones": "models",
     "checkpoints": "config optim",
     "data": "config data.source objectives",
     "data.load": "config data data.source dist",
     "data.make": "config data data.load data.source",
     "data.source": "config",
-    "engine": "config dist objectives optim plan",
+    "engine": "config dist objectives optim plans",
     "guard": "dist",
-    "models": "config dist plan",
+    "models": "config dist plans",
     "objectives": "checkpoints config dist models tldist_kernels",
-    "optim": "config models plan",
-    "plan": "config",
+    "optim": "config models plans",
+    "plans": "config",
     "recipes": "config",
     "report": "data.source tracking",
     "rules": "config data",
     "study": "report tracking",
+    "tldist": "api",
     "tldist_benchmarks": (
         "checkpoints config data data.load data.make data.source dist engine models objectives report "
         "tldist_kernels tracking train"
     ),
     "tldist_launcher": (
-        "config guard tldist_launcher.commands tldist_launcher.slurm tldist_launcher.start tldist_launcher.study"
+        "config guard tldist_launcher.commands tldist_launcher.slurm tldist_launcher.start tldist_launcher.study train"
     ),
     "tldist_launcher.commands": (
-        "config data data.load data.make data.source dist guard models objectives plan recipes report "
-        "rules tldist_benchmarks tldist_launcher.start tracking train trained transfer"
+        "config data data.load data.make data.source dist guard objectives recipes report rules "
+        "tldist_benchmarks tldist_launcher.start tracking train trained transfer"
     ),
     "tldist_launcher.slurm": (
         "config data.source rules study tldist_launcher.commands tldist_launcher.start "
         "tldist_launcher.study tracking train"
     ),
-    "tldist_launcher.start": "config data.load data.source dist guard models objectives recipes rules tracking train",
+    "tldist_launcher.start": "config dist guard recipes rules tracking train",
     "tldist_launcher.study": "config dist guard recipes rules study tldist_launcher.start tracking train",
     "tracking": "data.source",
     "train": (
-        "checkpoints config data data.load data.source dist engine guard models objectives optim plan "
+        "checkpoints config data data.load data.source dist engine guard models objectives optim plans "
         "report rules tldist_kernels tracking"
     ),
     "trained": "checkpoints config data data.load data.source dist models tldist_kernels train",

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from tldist.data.source.shards import read_path
+from tldist.data.source.verify import pillow_without_limit
 from tldist.report import plots
 from tldist.tracking import wording
 from tldist.tracking.runlog import RunLog, read
@@ -349,7 +350,7 @@ def _thumbnail(path: Path) -> str:
     """The picture's centre as a `data:` URI, at twice its size on the page for dense screens."""
     side = 2 * THUMBNAIL_PX
     try:
-        with Image.open(io.BytesIO(read_path(path))) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(read_path(path))) as image:
             image.draft("RGB", (2 * side, 2 * side))
             small = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (side, side))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

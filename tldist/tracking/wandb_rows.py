@@ -195,9 +195,10 @@ def _thumbnail(path: Path) -> Any:
     from PIL import Image, ImageOps
 
     from tldist.data.source.shards import read_path
+    from tldist.data.source.verify import pillow_without_limit
 
     try:
-        with Image.open(io.BytesIO(read_path(path))) as image:
+        with pillow_without_limit(), Image.open(io.BytesIO(read_path(path))) as image:
             image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
             small = ImageOps.exif_transpose(image).convert("RGB")
     except Exception:

@@ -54,21 +54,37 @@ def run(config_json: str) -> dict[str, Any]:
     all workers.
     """
     started = time.time()
-    torch.set_num_threads(max(1, dist.cores() // dist.local_workers()))
-    device = dist.local_device()
-    if device.type == "cpu":
-        keep_freed_memory()
     settings = config.from_json(config_json)
-    made_group = dist.init(device, settings.launch.hang_minutes)
-    try:
-        with sole_writer(Path(settings.run_dir)):
-            return _logged(settings, device, started)
-    except Exception:
-        _keep_traceback(settings)
-        raise
-    finally:
-        if made_group:
-            dist.close()
+    with process_settings():
+        torch.set_num_threads(max(1, dist.cores() // dist.local_workers()))
+        device = dist.local_device()
+        if device.type == "cpu":
+            keep_freed_memory()
+        made_group = dist.init(device, settings.launch.hang_minutes)
+        try:
+            with sole_writer(Path(settings.run_dir)):
+                return _logged(settings, device, started)
+        except Exception:
+            _keep_traceback(settings)
+            raise
+        finally:
+            if made_group:
+                dist.close()
+
+
+@contextlib.contextmanager
+def process_settings() -> Iterator[None]:
+    """Leave torch's switches and generators as they were: a notebook goes on after a run.
+
+    What malloc was told stays: glibc cannot be asked what it was told before, and only its speed changes.
+    """
+    threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    with torch.random.fork_rng(devices=[]):  # a GPU's would be opened here, all of them by each worker
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.deterministic = deterministic
 
 
 def _logged(settings: RunConfig, device: torch.device, started: float) -> dict[str, Any]:

@@ -17,13 +17,9 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as v2
 
 from tldist.data.source.shards import Place, read_bytes
-from tldist.data.source.verify import FORMATS, orientation, too_large
+from tldist.data.source.verify import FORMATS, orientation, pillow_without_limit, too_large
 
 _JPEG, _WEBP = b"\xff\xd8", b"RIFF"
-
-# Pillow's own limit against bombs is lower than verify.py's, and a switch of the process that threads cannot turn for
-# themselves: `_decode` refuses what verify.py does.
-Image.MAX_IMAGE_PIXELS = None
 
 
 def read_rgb(place: Place) -> Tensor:
@@ -68,7 +64,7 @@ def _by_pillow(data_B: np.ndarray) -> Tensor:
 
     It costs: PNGs of photos take 1.2 times as long as by torchvision, of 32 x 32 pixels 1.9 times (a Zen 4 core).
     """
-    with Image.open(io.BytesIO(data_B.tobytes()), formats=FORMATS) as image:
+    with pillow_without_limit(), Image.open(io.BytesIO(data_B.tobytes()), formats=FORMATS) as image:
         if why := too_large(image):
             raise ValueError(why)
         image.load()  # a PNG may tell its orientation after its pixels

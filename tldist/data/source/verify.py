@@ -14,6 +14,7 @@ import io
 import json
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,15 +175,39 @@ def strict_pillow() -> Iterator[None]:
     Truncated files fail, the limit against bombs is ours, and warnings (of EXIF, palettes, bombs) stay off
     the screen: what matters of them becomes a reason.
     """
-    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
     Image.init()  # all plugins at once, here: not in 32 threads
-    ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = False, None
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
-        with warnings.catch_warnings():
+        with pillow_without_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+class _PillowLimit:
+    """Pillow's limit against bombs, a switch of the process: how many of our threads want it off, and what it was."""
+
+    lock = threading.Lock()
+    users = 0
+    before: int | None = None
+
+
+@contextlib.contextmanager
+def pillow_without_limit() -> Iterator[None]:
+    """Switch Pillow's own limit against bombs off, which is lower than ours, until the last thread inside leaves."""
+    with _PillowLimit.lock:
+        if _PillowLimit.users == 0:
+            _PillowLimit.before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        _PillowLimit.users += 1
+    try:
+        yield
+    finally:
+        with _PillowLimit.lock:
+            _PillowLimit.users -= 1
+            if _PillowLimit.users == 0:
+                Image.MAX_IMAGE_PIXELS = _PillowLimit.before
 
 
 # All files

@@ -16,7 +16,7 @@ from tldist.guard.control import Control, Orders
 from tldist_launcher.start.ray import workers_for
 
 CPU = torch.device("cpu")
-NONE_SKIPPED = torch.zeros(3)
+NONE_SKIPPED = torch.tensor(0.0)
 
 
 def test_looks_follow_the_time_a_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_what_it_is_told(tmp_path: Path) -> None:
     orders = Control(tmp_path, 0, CPU)
     assert orders.after_step(NONE_SKIPPED) == Orders()
     control.ask_to_stop(tmp_path, "SIGUSR1")
-    assert orders.after_step(torch.tensor([5.0, 2.0, 4.0]), now=True) == Orders(stop=True, most_skipped=4)
+    assert orders.after_step(torch.tensor(4.0), now=True) == Orders(stop=True, most_skipped=4)
     assert control.stop_reason(tmp_path) == "SIGUSR1"
     control.forget_stop(tmp_path)
     assert orders.after_step(NONE_SKIPPED, now=True) == Orders()

@@ -365,10 +365,10 @@ class TestSaver:
             patch.setattr("os.fsync", full)
             saver.save(("last", "best"), self.contents(2))
             saver.flush()
-            said = str(saver.news())
+            said = str(saver.drain_news())
             assert "epoch-0002 could not be written" in said
             assert "No space left on device; the last whole one is epoch-0001" in said
-            assert saver.news() is None
+            assert saver.drain_news() is None
             saver.save(("last",), self.contents(3))
             with pytest.raises(NotWritten, match="No space"):
                 saver.flush(must=True)
@@ -376,7 +376,7 @@ class TestSaver:
             assert not list(tmp_path.glob(".draft"))
         saver.close()
         assert (self.value(tmp_path, "last"), self.value(tmp_path, "best")) == (3, 2)
-        assert saver.news() == "checkpoints are written again"
+        assert saver.drain_news() == "checkpoints are written again"
 
     def test_what_waits_beyond_its_phase_stays_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The disk is full at the phase's end, and the next phase trains what that one froze."""

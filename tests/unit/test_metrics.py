@@ -58,7 +58,7 @@ def _read_twice() -> list[Reading]:
     meter = TrainMeter(CPU)
     for skipped, norm in ((0.0, 1.0), (1.0, float("nan")), (0.0, 3.0)):
         meter.stepped(torch.tensor(skipped), torch.tensor(norm))
-    found = [meter.read((10.0 + dist.rank(), 0.5)), meter.read()]
+    found = [meter.drain((10.0 + dist.rank(), 0.5)), meter.drain()]
     dist.close()
     return found
 

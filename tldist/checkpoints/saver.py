@@ -50,7 +50,7 @@ class Saver:
         if self._writing is not None and self._writing.done():
             self._writing.result()
 
-    def news(self) -> str | None:
+    def drain_news(self) -> str | None:
         """What a person should know that has not been told: a checkpoint could not be written."""
         problem = self.problem
         if problem == self._told:

@@ -109,8 +109,11 @@ class Control:
         """A checkpoint was taken."""
         self._saved = time.monotonic()
 
-    def after_step(self, skips: Tensor, now: bool = False) -> Orders:
-        """What to do after this step: called by all workers after each; `now` makes it a look for certain."""
+    def after_step(self, most_skipped: Tensor, now: bool = False) -> Orders:
+        """Say what to do after this step. All workers call it after each; `now` makes it a look for certain.
+
+        most_skipped: how many steps in a row were left out at most, a scalar on the device; read at a look alone.
+        """
         self._left -= 1
         if self._left > 0 and not now:
             return Orders()
@@ -118,7 +121,7 @@ class Control:
         if dist.is_main():
             is_old = 0 < self.minutes * 60 <= time.monotonic() - self._saved
             told[:3] = torch.tensor([stop_reason(self.run_dir) is not None, is_old, self._next()])
-            told[3] = skips[2]
+            told[3] = most_skipped
         stop, save, self._steps, most = map(int, dist.all_sum(told.to(self.device)).tolist())
         self._left, self._looked = self._steps, time.monotonic()
         return Orders(stop > 0, save > 0, most)

@@ -135,7 +135,7 @@ def _climb(parts: Run, sweep: Sweep, rates: Iterable[float]) -> list[float]:
     losses: list[float] = []
     for step, (rate, batch) in enumerate(zip(rates, batches, strict=False)):
         train_step(parts, live, step, batch, rate / parts.config.optim.base_lr)
-        loss = live.meter.read().loss
+        loss = live.meter.drain().loss
         losses.append(math.nan if loss is None else loss)
         if is_lost(losses, sweep.memory):
             break

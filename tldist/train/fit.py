@@ -133,7 +133,7 @@ def train_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
 def obey(run: Run, live: LivePhase, result: FitResult, is_last: bool) -> None:
     """Between two steps: save or stop where it is time to; every worker at the same step."""
     checkpoints, state = run.config.checkpoint, result.state
-    orders = run.control.after_step(live.meter.skips, now=is_last)
+    orders = run.control.after_step(live.meter.most_skipped, now=is_last)
     if orders.most_skipped >= run.config.train.max_skipped:
         raise Diverged(
             f"the gradients of {orders.most_skipped} steps in a row, up to step {state.step}, were not finite; none of "
@@ -243,7 +243,7 @@ def log_training(run: Run, live: LivePhase, state: TrainState, epoch_step: int) 
     """One line of metrics: one all-reduce, one copy to the host. Memory is this worker's; the summary has all."""
     tell_news(run)
     window = live.clock.stop()
-    read = live.meter.read((window.images_per_s / run.worker.world_size, window.data_wait_share))
+    read = live.meter.drain((window.images_per_s / run.worker.world_size, window.data_wait_share))
     factor = factor_at(run, live, state, state.step - 1)
     run.log.write(
         "train",
@@ -285,9 +285,9 @@ def speed(run: Run, window: Window, flops_per_image: float) -> dict[str, float |
 
 def tell_news(run: Run) -> None:
     """What the thread that writes checkpoints has to say, and images that could not be read."""
-    if news := run.saver.news():
+    if news := run.saver.drain_news():
         run.log.write("notice", text=news)
-    for path, reason in run.bad_images.news().items():
+    for path, reason in run.bad_images.drain_news().items():
         run.log.write("notice", text=f"skipped {path}: {reason} (it was sound when it was checked)")
 
 
@@ -295,7 +295,7 @@ def end_epoch(run: Run, live: LivePhase, result: FitResult) -> None:
     """Agree on BatchNorm statistics, prove that replicas agree, evaluate, save."""
     state = result.state
     state.epoch += 1
-    state.skipped_steps += live.meter.read_skipped()
+    state.skipped_steps += live.meter.drain_skipped()
     run.watchdog.beat("comparing the replicas")
     live.agree_on_statistics()
     averages = {} if live.average is None else live.average.state()

@@ -65,8 +65,11 @@ class TrainMeter:
         steps += 1 - skipped
         torch.maximum(largest, norm, out=largest)
 
-    def read(self, mine: Sequence[float] = ()) -> Reading:
-        """Over all workers, with what each of them adds as `mine`: one all-reduce, one copy to the host."""
+    def drain(self, mine: Sequence[float] = ()) -> Reading:
+        """Read over all workers what was counted since the last call, and begin anew; each worker adds `mine`.
+
+        One all-reduce, one copy to the host.
+        """
         rows = torch.zeros(dist.world_size(), len(mine), dtype=torch.float64)
         rows[dist.rank()] = torch.tensor(mine, dtype=torch.float64)
         summed = dist.all_sum(torch.cat([self.sums, rows.flatten().to(self.sums.device)]))
@@ -81,10 +84,16 @@ class TrainMeter:
             [own[i * len(mine) : (i + 1) * len(mine)] for i in range(dist.world_size())],
         )
 
-    def read_skipped(self) -> int:
-        """Steps left out since the last reading; one copy to the host."""
-        skipped = int(self.skips[0])
-        self.skips[0] = 0
+    @property
+    def most_skipped(self) -> Tensor:
+        """The most steps in a row that were left out, on the device."""
+        return self.skips[2]
+
+    def drain_skipped(self) -> int:
+        """Count the steps left out since the last call; one copy to the host."""
+        in_all = self.skips[0]
+        skipped = int(in_all)
+        in_all.zero_()
         return skipped
 
 

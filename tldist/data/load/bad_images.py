@@ -39,7 +39,7 @@ class BadImages:
                 with contextlib.suppress(ValueError):  # half a line: its writer is at it, or was killed
                     self.reasons |= json.loads(line)
 
-    def news(self) -> dict[str, str]:
+    def drain_news(self) -> dict[str, str]:
         """Path -> reason of what was not told yet, by any worker."""
         self.look()
         new = {path: reason for path, reason in self.reasons.items() if path not in self._told}

@@ -76,19 +76,27 @@ def rows(made: RunConfig, event: str) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, lines) if row["event"] == event]
 
 
+ROUNDING = 2**-23 * (2 * 20) * 4608**0.5 * 2048**0.5
+"""How far rounding may move a weight, as a share of the largest move: two ranks add in another order than one, and each
+processor in its own. A sum of n terms is off by about sqrt(n) eps, and ResNet-18 passes 20 layers forward and backward,
+whose longest sums have 512 * 9 terms. The gradient of the first BatchNorm's bias adds 8 * 16 * 16 such values, which
+cancel to the root of their number while their errors may have one sign. It comes to 1.5 %; a gradient that misses a
+rank's part is off by a share of order 1."""
+
+
 @pytest.mark.parametrize("name", ["full", "gradual"])
 def test_two_ranks_equal_one_process_with_the_joined_batch(photos: Path, tmp_path: Path, name: str) -> None:
-    """fp32, ten steps: every weight within 1e-5; for gradual, across a phase boundary."""
+    """fp32, ten steps: every weight within what rounding explains; for gradual, across a phase boundary."""
     strategy = StrategyConfig(name=name)  # type: ignore[arg-type]
     one, two = (settings(photos, tmp_path / str(n), strategy=strategy) for n in (1, 2))
     alone, together = train(one, 1), train(two, 2)
     assert (alone["engine"], together["engine"]) == ("single", "ddp")
     start = backbones.build(one.model, 2, 32, 0).torchvision_state()
-    moved = 0.0
-    for key, value in weights(one).items():
-        torch.testing.assert_close(weights(two)[key], value, rtol=0, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
-        moved = max(moved, (value.double() - start[key].double()).abs().max().item())
+    ended, other = weights(one), weights(two)
+    moved = max((value.double() - start[key].double()).abs().max().item() for key, value in ended.items())
     assert moved > 1e-3  # the weights went somewhere
+    for key, value in ended.items():
+        torch.testing.assert_close(other[key], value, rtol=0, atol=ROUNDING * moved, msg=lambda m, k=key: f"{k}: {m}")
     assert [r["loss"] for r in rows(two, "train")] == pytest.approx([r["loss"] for r in rows(one, "train")], abs=1e-4)
     assert together["val_top1"] == alone["val_top1"]
 

@@ -16,7 +16,7 @@ import torch
 
 from tldist.trained import export as export_module
 from tldist.trained import exported
-from tldist.trained.export import OPSET, Deployed, NotTheSame, Parity, compare, judge
+from tldist.trained.export import OPSET, TOLERANCE, Deployed, NotTheSame, Parity, compare, judge
 from tldist.trained.exported import Exported, open_exported
 from tldist.trained.model import Trained, open_run, validation_images
 from tldist_kernels import mix_normalize
@@ -195,7 +195,7 @@ def test_the_proof_goes_through_the_preprocessing(
     judged = validation_images(trained_run, trained.card)
     parity = compare(trained, Exported(trained.card, True, run), judged, 8)
     assert parity.images == 19
-    assert (parity.largest_difference < 1e-6) == (wrong == "nothing")
+    assert (parity.largest_difference <= TOLERANCE) == (wrong == "nothing")
     if wrong != "nothing":
         with pytest.raises(NotTheSame):
             judge(parity)

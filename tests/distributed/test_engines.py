@@ -475,6 +475,33 @@ def test_shares_are_shares() -> None:
     assert held["zero3"].weights == pytest.approx(0.5 * full.weights, rel=0.02)
 
 
+def _beside(config_jsons: dict[str, str]) -> dict[str, list[int]]:
+    """Bytes of optimizer state that a worker keeps besides its engine, after each epoch's checkpoint."""
+    kept: dict[str, list[int]] = {kind: [] for kind in config_jsons}
+    real = fit.end_epoch
+    dist.init(CPU)
+    for kind, config_json in config_jsons.items():
+
+        def watching(run: Any, live: Any, result: Any, kept: list[int] = kept[kind]) -> None:
+            real(run, live, result)
+            kept.append(sum(t.nbytes for moments in result.state.optimizer.values() for t in moments.values()))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fit, "end_epoch", watching)
+            worker.run(config_json)
+    dist.close()
+    return kept
+
+
+def test_a_checkpoint_leaves_nothing_beside_a_share(photos: Path, tmp_path: Path) -> None:
+    """Each worker kept the whole optimizer that was gathered for the first checkpoint, and ZeRO saved nothing."""
+    made = {kind: settings(photos, tmp_path / kind, kind, "full_adamw") for kind in ("zero1", "zero3")}
+    for config_of_kind in made.values():
+        Path(config_of_kind.run_dir).mkdir(parents=True)
+    for kept in run_ranks(_beside, 2, {kind: config.to_json(of_kind) for kind, of_kind in made.items()}):
+        assert all(epochs and not any(epochs) for epochs in kept.values()), kept
+
+
 def test_one_worker_alone_says_nothing(photos: Path, tmp_path: Path) -> None:
     """Neither DeepSpeed nor what it imports writes to the terminal, and it compiles nothing."""
     made = settings(photos, tmp_path / "run", "zero3", "feature_extraction")

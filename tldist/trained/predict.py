@@ -38,7 +38,8 @@ def predict(
 ) -> Iterator[Prediction]:
     """One for each path, in order, while later files are being decoded.
 
-    `threads`: that decode; 0: one for each core. What counts as an image is what training takes (data/source/verify.py).
+    `threads`: that decode; 0: one for each core. What training takes counts as an image
+    (data/source/verify.py).
     """
     card = classifier.card
     groups = (paths[i : i + batch_size] for i in range(0, len(paths), batch_size))

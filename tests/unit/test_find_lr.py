@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tldist.config import DataConfig, LaunchConfig, ModelConfig, OptimConfig, RunConfig, StrategyConfig, TrainConfig
 from tldist.rules import validate
@@ -138,7 +139,9 @@ def small(photos: Path) -> RunConfig:
 def test_the_same_seed_gives_the_same_curve(photos: Path, tmp_path: Path) -> None:
     """More steps than an epoch has (5); base_lr changes nothing but rounding."""
     sweep = Sweep(20, 1e-4, 1)
+    before = torch.get_num_threads(), torch.backends.cudnn.deterministic
     losses = measure(trial(small(photos), str(tmp_path)), sweep).losses
+    assert (torch.get_num_threads(), torch.backends.cudnn.deterministic) == before
     assert len(losses) == 20
     assert all(math.isfinite(loss) for loss in losses)
     assert measure(trial(small(photos), str(tmp_path)), sweep).losses == losses

@@ -118,13 +118,15 @@ def measure(settings: RunConfig, sweep: Sweep, progress: Callable[[Iterable[floa
 
     `progress` wraps the rates to show how far it is.
     """
-    torch.set_num_threads(dist.cores())
-    parts = worker.build(settings, dist.local_device(), EventLog(None))
-    try:
-        return Curve(sweep, tuple(_climb(parts, sweep, progress(sweep.rates))))
-    finally:
-        parts.close_loaders()
-        parts.saver.close()
+    device = dist.local_device()
+    with worker.process_settings(device):
+        torch.set_num_threads(dist.cores())
+        parts = worker.build(settings, device, EventLog(None))
+        try:
+            return Curve(sweep, tuple(_climb(parts, sweep, progress(sweep.rates))))
+        finally:
+            parts.close_loaders()
+            parts.saver.close()
 
 
 def _climb(parts: Run, sweep: Sweep, rates: Iterable[float]) -> list[float]:

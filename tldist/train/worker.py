@@ -55,9 +55,9 @@ def run(config_json: str) -> dict[str, Any]:
     """
     started = time.time()
     settings = config.from_json(config_json)
-    with process_settings():
+    device = dist.local_device()
+    with process_settings(device):
         torch.set_num_threads(max(1, dist.cores() // dist.local_workers()))
-        device = dist.local_device()
         if device.type == "cpu":
             keep_freed_memory()
         made_group = dist.init(device, settings.launch.hang_minutes)
@@ -73,13 +73,14 @@ def run(config_json: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def process_settings() -> Iterator[None]:
-    """Leave torch's switches and generators as they were: a notebook goes on after a run.
+def process_settings(device: torch.device) -> Iterator[None]:
+    """Leave torch's switches and the host's and this device's generators as they were: a notebook goes on after a run.
 
     What malloc was told stays: glibc cannot be asked what it was told before, and only its speed changes.
     """
     threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    with torch.random.fork_rng(devices=[]):  # a GPU's would be opened here, all of them by each worker
+    used = [] if device.type == "cpu" else [device]  # by default each worker would open all GPUs here
+    with torch.random.fork_rng(devices=used):
         try:
             yield
         finally:

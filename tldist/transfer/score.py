@@ -23,6 +23,7 @@ from tldist.tracking.events import EventLog
 from tldist.train import worker
 from tldist.train.inputs.inputs import CachedInputs, open_inputs
 from tldist.train.phase import freeze
+from tldist.train.run import Run
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,13 @@ def score(settings: RunConfig) -> Score:
 
 def features(settings: RunConfig) -> list[tuple[np.ndarray, np.ndarray]]:
     """(features_ND in fp32, labels_N) of the training and the validation images. Raises UserError."""
-    torch.set_num_threads(dist.cores())
-    run = worker.build(settings, dist.local_device(), EventLog(None))
+    device = dist.local_device()
+    with worker.process_settings(device):
+        torch.set_num_threads(dist.cores())
+        return _features(worker.build(settings, device, EventLog(None)))
+
+
+def _features(run: Run) -> list[tuple[np.ndarray, np.ndarray]]:
     try:
         phase = run.plan.phases[0]
         freeze(run.model, phase)

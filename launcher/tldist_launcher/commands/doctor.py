@@ -228,7 +228,7 @@ def deepspeed_row(machine: Machine) -> Row:
     """The ZeRO engines."""
     if version := _version("deepspeed"):
         return Row("DeepSpeed", "ok", version)
-    return Row("DeepSpeed", "missing", "not installed", "nothing yet: the engines single and ddp do without it")
+    return Row("DeepSpeed", "missing", "not installed", "no engine zero1, zero2 or zero3: pip install deepspeed")
 
 
 def wandb_row(machine: Machine) -> Row:
